@@ -1,0 +1,1 @@
+"""Ports kept in memory: for tests and for short-lived processes."""
