@@ -1,0 +1,35 @@
+# Everything a developer or a machine runs starts here; each target says what it does in one line.
+SHELL := /bin/sh
+VENV := .venv
+PYTHON_BIN := $(VENV)/bin/python
+INSTALL := sh deploy/install.sh
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check lock wheel clean
+
+help: ## List these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+
+run: ## Install what is missing, then start everything in one process (OSHAANI_PORT, OSHAANI_DATA_DIR)
+	@$(INSTALL) requirements.lock
+	@exec $(VENV)/bin/oshaani up
+
+test: check ## Everything CI does: linters, types, import contracts, all tests
+	$(PYTHON_BIN) -m pytest -n 2
+
+check: ## The part of `make test` that runs no test
+	@$(INSTALL) requirements-dev.lock
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+lock: ## Resolve the dependencies anew and write both lock files
+	@sh deploy/lock.sh
+
+wheel: ## Build the wheel into dist/
+	@$(INSTALL) requirements-dev.lock
+	$(PYTHON_BIN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean: ## Remove what was installed and cached here; the data folder stays
+	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,68 @@
+#!/bin/sh
+# install.sh LOCK-FILE: make .venv hold what LOCK-FILE names, and the command `oshaani`.
+#
+# Does nothing when .venv already holds it. requirements-dev.lock contains all of
+# requirements.lock at the same versions, so `make run` after `make test` installs nothing either.
+set -eu
+cd "$(dirname "$0")/.."
+
+lock=$1
+venv=.venv
+stamp=$venv/.installed
+
+fail() {
+    echo "oshaani: $1" >&2
+    exit 1
+}
+
+find_python() {
+    for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer is needed and none was found; install it, or name it: make PYTHON=/path/to/python3.11 run"
+}
+
+# What is installed follows from the lock and from where the repository lies.
+state() {
+    { pwd; cat "$1"; } | cksum
+}
+
+is_installed() {
+    [ -x $venv/bin/oshaani ] && $venv/bin/python -c '' 2>/dev/null || return 1
+    for candidate in "$lock" requirements-dev.lock; do
+        grep -qsxF "$(state "$candidate")" $stamp && return 0
+    done
+    return 1
+}
+
+make_venv() {
+    if ! $venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python=$(find_python)
+        rm -rf $venv
+        "$python" -m venv $venv ||
+            fail "'$python -m venv' failed; install the venv module of this Python (Debian, Ubuntu: python3-venv)"
+    fi
+}
+
+# The project runs from this folder: a path file and a two-line command need no build step.
+link_project() {
+    site=$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    pwd >"$site/oshaani.pth"
+    cat >$venv/bin/oshaani <<COMMAND
+#!/bin/sh
+exec "$(pwd)/$venv/bin/python" -P -m oshaani "\$@"
+COMMAND
+    chmod +x $venv/bin/oshaani
+}
+
+is_installed && exit 0
+echo "oshaani: installing $lock into $venv (once; the next start installs nothing)" >&2
+make_venv
+rm -f $stamp
+$venv/bin/python -m pip install --disable-pip-version-check --no-input --require-hashes --requirement "$lock" >&2 ||
+    fail "the installation failed, see above; run the same command again when the cause is gone"
+link_project
+state "$lock" >$stamp
