@@ -1,0 +1,1 @@
+"""The published language: codec, upcasters, generated JSON Schemas, the OpenAPI snapshot."""
