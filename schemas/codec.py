@@ -1,0 +1,129 @@
+"""Events to bytes and back: plain JSON, types checked on reading, personal fields apart from the rest.
+
+The envelope's facts (stream, version, time) are columns of the log and not repeated in the payload.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from datetime import datetime
+from functools import cache
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from uuid import UUID
+
+import msgspec
+from eventsourcing.domain import AggregateCreated, AggregateEvent
+
+from domain.agent import Agent
+from domain.aggregate import PERSONAL, Root
+from domain.conversation import Conversation
+from domain.credit_account import CreditAccount
+from domain.turn import Turn
+from domain.user import User
+from schemas.upcasters import upcast
+
+AGGREGATES: tuple[type[Root], ...] = (User, Agent, Conversation, Turn, CreditAccount)
+ABSTRACT = {"CreditAccount.Moved", "Turn.Ended"}  # shared fields, never recorded themselves
+ENVELOPE = ("originator_id", "originator_version", "timestamp", "originator_topic")
+
+encode_json = msgspec.json.Encoder().encode
+_decode_object = msgspec.json.Decoder(dict[str, Any]).decode
+# U+0000 as JSON writes it: an odd number of backslashes before u0000. Postgres text has no such character.
+_NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")
+_REPLACED = rb"\1\\ufffd"
+
+
+class UnknownEvent(Exception):
+    """The log has an event type or version that this program does not know; it must not be skipped."""
+
+
+@dataclass(frozen=True, slots=True)
+class EventType:
+    """What the codec knows of an event class."""
+
+    name: str
+    event_class: type[AggregateEvent]
+    aggregate: type[Root]
+    version: int
+    personal: tuple[str, ...]
+    public: tuple[str, ...]
+    creates: bool
+
+
+def encode(event: AggregateEvent) -> tuple[bytes, bytes | None]:
+    """The payload, and the plain bytes of the personal part if the event has one."""
+    kind = type_of(type(event))
+    values = vars(event)
+    payload = encode_json({name: values[name] for name in kind.public})
+    personal = encode_json({name: values[name] for name in kind.personal}) if kind.personal else None
+    return _without_nul(payload), personal and _without_nul(personal)
+
+
+def decode(
+    name: str,
+    version: int,
+    payload: bytes,
+    personal: bytes | None,
+    stream: tuple[UUID, int],
+    recorded_at: datetime,
+) -> AggregateEvent:
+    """The event of a stored row; personal fields are None when their part cannot be opened any more.
+
+    Raises:
+        UnknownEvent: a type or version from the future.
+    """
+    kind = EVENT_TYPES.get(name)
+    if kind is None or version > kind.version:
+        raise UnknownEvent(f"event type {name!r} version {version}")
+    found = _decode_object(payload)
+    if kind.personal:
+        found.update(_decode_object(personal) if personal is not None else dict.fromkeys(kind.personal))
+    if version < kind.version:
+        found = upcast(name, version, kind.version, found)
+    found["originator_id"], found["originator_version"] = stream
+    found["timestamp"] = recorded_at
+    if kind.creates:
+        found["originator_topic"] = kind.aggregate.TOPIC  # type: ignore[attr-defined]
+    return msgspec.convert(found, kind.event_class)
+
+
+@cache
+def type_of(event_class: type[AggregateEvent]) -> EventType:
+    """What the codec knows of a class; the classes of `AGGREGATES` only."""
+    return EVENT_TYPES[event_class.TOPIC]  # type: ignore[attr-defined]
+
+
+def _without_nul(encoded: bytes) -> bytes:
+    return _NUL.sub(_REPLACED, encoded) if b"\\u0000" in encoded else encoded
+
+
+def _event_types() -> dict[str, EventType]:
+    found: dict[str, EventType] = {}
+    for aggregate in AGGREGATES:
+        for event_class in vars(aggregate).values():
+            if not isinstance(event_class, type) or not issubclass(event_class, AggregateEvent):
+                continue
+            name = getattr(event_class, "TOPIC", None)
+            if event_class.__name__ != "Event" and name not in ABSTRACT:
+                assert isinstance(name, str)
+                found[name] = _describe(name, event_class, aggregate)
+    return found
+
+
+def _describe(name: str, event_class: type[AggregateEvent], aggregate: type[Root]) -> EventType:
+    hints = get_type_hints(event_class, include_extras=True)
+    own = [field.name for field in fields(event_class) if field.name not in ENVELOPE]
+    personal = tuple(field for field in own if _is_personal(hints[field]))
+    public = tuple(field for field in own if field not in personal)
+    version = int(getattr(event_class, "class_version", 1))
+    return EventType(
+        name, event_class, aggregate, version, personal, public, issubclass(event_class, AggregateCreated)
+    )
+
+
+def _is_personal(hint: Any) -> bool:
+    return get_origin(hint) is Annotated and PERSONAL in get_args(hint)[1:]
+
+
+EVENT_TYPES = _event_types()

@@ -1,0 +1,166 @@
+"""Stored rows and what they mean: sealing events for the log, opening them for whoever reads it.
+
+Personal fields are sealed under their subject's key; parts over 256 kB lie in the object store under their digest and
+the row keeps the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any, Generic, TypeVar
+from uuid import UUID
+
+from eventsourcing.domain import AggregateEvent
+
+from domain.event_log import StoredEvent
+from domain.ids import event_id
+from domain.ports import KeyRing, ObjectStore
+from schemas import codec
+
+PART_BYTES_MAX = 256 * 1024  # what a row holds itself
+_REFERENCE = b'{"$object":"'
+_NEVER = datetime(1970, 1, 1, tzinfo=UTC)
+
+E = TypeVar("E", covariant=True)
+
+
+class ObjectMissing(Exception):
+    """A row refers to an object that the store does not have: the store is not the log's, or was damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record(Generic[E]):
+    """One event with everything known about it; what processors and projections are given."""
+
+    event: E
+    type: str
+    shard: int
+    position: int
+    stream_id: UUID
+    stream_version: int
+    tenant_id: UUID
+    command_id: UUID
+    correlation_id: UUID
+    causation_id: UUID | None
+    actor: str
+    traceparent: str | None
+    recorded_at: datetime
+
+    @property
+    def event_id(self) -> UUID:
+        return event_id(self.stream_id, self.stream_version)
+
+
+AnyRecord = Record[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An event on its way into the log: its row, and the parts that must reach the object store before it."""
+
+    row: StoredEvent
+    objects: tuple[tuple[str, bytes], ...]
+
+
+class Records:
+    """Seals and opens rows with the keys and the store it was given."""
+
+    def __init__(self, keys: KeyRing, objects: ObjectStore) -> None:
+        self._keys, self._objects = keys, objects
+
+    async def ensure_keys(self, subject_ids: Sequence[UUID]) -> None:
+        """Have the subjects' keys at hand, so that `seal` and `open` need not wait."""
+        await self._keys.ensure(subject_ids)
+
+    def seal(self, event: AggregateEvent, subject_id: UUID, envelope: StoredEvent) -> Draft:
+        """Fill a row's payload and personal part; its other columns are taken from `envelope`."""
+        kind = codec.type_of(type(event))
+        payload, plain = codec.encode(event)
+        objects: tuple[tuple[str, bytes], ...] = ()
+        if len(payload) > PART_BYTES_MAX:
+            payload, objects = _moved_out(payload, objects)
+        personal = None
+        if plain is not None:
+            personal = self._keys.seal(subject_id, plain, _aad(event.originator_id, event.originator_version))
+            if len(personal) > PART_BYTES_MAX:
+                personal, objects = _moved_out(personal, objects)
+        row = envelope._replace(
+            stream_id=event.originator_id,
+            stream_version=event.originator_version,
+            type=kind.name,
+            schema_version=kind.version,
+            payload=payload,
+            personal=personal,
+            subject_id=subject_id if plain is not None else None,
+        )
+        return Draft(row, objects)
+
+    async def store(self, objects: Sequence[tuple[str, bytes]]) -> None:
+        """Put parts where rows refer to them; before the rows are appended, so that no reference dangles."""
+        for key, content in objects:
+            await self._objects.put(key, content)
+
+    async def open(self, rows: Sequence[StoredEvent]) -> list[AnyRecord]:
+        """The records of rows, in their order.
+
+        Raises:
+            schemas.codec.UnknownEvent: a type or version from the future.
+            ObjectMissing: a large part is not in the object store.
+        """
+        subjects = {row.subject_id for row in rows if row.subject_id is not None}
+        if subjects:
+            await self._keys.ensure(tuple(subjects))
+        return [await self._open(row) for row in rows]
+
+    async def _open(self, row: StoredEvent) -> AnyRecord:
+        payload, personal = row.payload, row.personal
+        if payload.startswith(_REFERENCE):
+            payload = await self._fetch(payload)
+        if personal is not None and row.subject_id is not None:
+            if personal.startswith(_REFERENCE):
+                personal = await self._fetch(personal)
+            personal = self._keys.open(row.subject_id, personal, _aad(row.stream_id, row.stream_version))
+        recorded_at = row.recorded_at or _NEVER
+        stream = (row.stream_id, row.stream_version)
+        event = codec.decode(row.type, row.schema_version, payload, personal, stream, recorded_at)
+        return record_of(event, row)
+
+    async def _fetch(self, reference: bytes) -> bytes:
+        key = reference[len(_REFERENCE) : -2].decode()
+        content = await self._objects.get(key)
+        if content is None:
+            raise ObjectMissing(key)
+        return content
+
+
+def record_of(event: AggregateEvent, row: StoredEvent) -> AnyRecord:
+    """A row's record, when its event is already at hand."""
+    return Record(
+        event,
+        row.type,
+        row.shard,
+        row.position,
+        row.stream_id,
+        row.stream_version,
+        row.tenant_id,
+        row.command_id,
+        row.correlation_id,
+        row.causation_id,
+        row.actor,
+        row.traceparent,
+        row.recorded_at or _NEVER,
+    )
+
+
+def _moved_out(
+    part: bytes, objects: tuple[tuple[str, bytes], ...]
+) -> tuple[bytes, tuple[tuple[str, bytes], ...]]:
+    key = f"events/{sha256(part).hexdigest()}"
+    return _REFERENCE + key.encode() + b'"}', (*objects, (key, part))
+
+
+def _aad(stream_id: UUID, stream_version: int) -> bytes:
+    return b"event|%b|%d" % (stream_id.bytes, stream_version)
