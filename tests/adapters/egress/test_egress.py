@@ -322,7 +322,6 @@ async def test_the_systems_own_resolver_knows_this_machine(peer: WebPeer) -> Non
             "ftp://peer.example/",
             "http://user:pw@peer.example/",
             "//10.0.0.1/",
-            "http://",
         ],
         *[
             "http://peer.example\\@other.example/",
