@@ -1,0 +1,1 @@
+"""Providers of chat models, one file each, behind the port `domain.ports.ChatModel`."""
