@@ -39,6 +39,12 @@ PASSING = frozenset(
         ModelErrorClass.WORKER_LOST,
     }
 )
+SILENCE = {  # what stands for an answer when the model ended without a word
+    "tool_loop": "I stopped because the same tool was asked for again and again with the same arguments.",
+    "max_iterations": "I used up the tool calls allowed for one message before I could answer.",
+    "content_filter": "The model's provider withheld the answer.",
+    "length": "The model reached its output limit before it could answer.",
+}
 NOTHING_SAID = "The model gave no answer."
 
 
@@ -180,7 +186,8 @@ def next_action(turn: Turn, now: datetime) -> Action:  # noqa: PLR0911  (a decis
         return AskModel(
             turn.iteration + (1 if turn.attempt == 0 else 0), turn.attempt + 1, with_tools, turn.retry_at
         )
-    return Answer(said.text or NOTHING_SAID, _finish_of(turn, said))
+    finish = _finish_of(turn, said)
+    return Answer(said.text or SILENCE.get(finish, NOTHING_SAID), finish)
 
 
 def backoff_s(attempt: int, retry_after_s: float | None) -> float:

@@ -28,7 +28,7 @@ ABSTRACT = {"CreditAccount.Moved", "Turn.Ended"}  # shared fields, never recorde
 ENVELOPE = ("originator_id", "originator_version", "timestamp", "originator_topic")
 
 encode_json = msgspec.json.Encoder().encode
-_decode_object = msgspec.json.Decoder(dict[str, Any]).decode
+decode_json = msgspec.json.Decoder(dict[str, Any]).decode
 # U+0000 as JSON writes it: an odd number of backslashes before u0000. Postgres text has no such character.
 _NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")
 _REPLACED = rb"\1\\ufffd"
@@ -76,9 +76,9 @@ def decode(
     kind = EVENT_TYPES.get(name)
     if kind is None or version > kind.version:
         raise UnknownEvent(f"event type {name!r} version {version}")
-    found = _decode_object(payload)
+    found = decode_json(payload)
     if kind.personal:
-        found.update(_decode_object(personal) if personal is not None else dict.fromkeys(kind.personal))
+        found.update(decode_json(personal) if personal is not None else dict.fromkeys(kind.personal))
     if version < kind.version:
         found = upcast(name, version, kind.version, found)
     found["originator_id"], found["originator_version"] = stream

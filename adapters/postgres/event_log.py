@@ -1,0 +1,342 @@
+"""The event log on PostgreSQL: one SQL call per append, dense positions by a locked row per shard.
+
+psycopg 3, autocommit, prepared statements; no pipeline mode, no LISTEN/NOTIFY, no advisory locks, no sequences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import datetime
+from importlib.resources import files
+from typing import Any, LiteralString, cast
+from uuid import UUID
+
+import psycopg
+from psycopg import sql
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from adapters.postgres.arrays import (
+    bigints,
+    booleans,
+    byteas,
+    ints,
+    smallints,
+    texts,
+    timestamps,
+    uuids,
+)
+from adapters.postgres.pool import LOG_PLANS, SCHEMA, connect, deadline, open_pool
+from domain.event_log import (
+    SYNC_EVENTS_MAX,
+    Batch,
+    CommandRow,
+    CommandSeen,
+    DueRow,
+    HeadMoved,
+    LogUnavailable,
+    StoredEvent,
+    Streams,
+    Synced,
+)
+from domain.ids import shard_of
+
+Connection = psycopg.AsyncConnection[Any]
+
+CALL_S = 4.0  # what one call of the log may take before its connection is cut
+READERS = 3
+_ARGUMENTS = 35
+_APPEND: LiteralString = "SELECT append(" + ", ".join(["%b"] * _ARGUMENTS) + ")"
+_HEADS = "SELECT shard, head FROM shard WHERE shard = ANY (%b) ORDER BY shard"
+_EVENT_COLUMNS = (
+    "shard, position, tenant_id, stream_id, stream_version, type, schema_version, payload, personal, subject_id,"
+    " command_id, correlation_id, causation_id, actor, traceparent, recorded_at"
+)
+# Heads, newer events and streams in one statement see one snapshot. Kind 0: a head; 1: newer; 2: of a stream.
+_SYNC = f"""
+    SELECT 0 AS what, s.shard, s.head AS position, NULL::uuid AS tenant_id, NULL::uuid AS stream_id,
+           NULL::integer AS stream_version, NULL AS type, NULL::smallint AS schema_version, NULL::bytea AS payload,
+           NULL::bytea AS personal, NULL::uuid AS subject_id, NULL::uuid AS command_id, NULL::uuid AS correlation_id,
+           NULL::uuid AS causation_id, NULL AS actor, NULL AS traceparent, NULL::timestamptz AS recorded_at
+      FROM shard s WHERE s.shard = ANY (%b)
+    UNION ALL
+    SELECT 1, e.* FROM unnest(%b, %b) h(shard, head)
+      JOIN shard s ON s.shard = h.shard AND s.head > h.head AND s.head - h.head <= {SYNC_EVENTS_MAX}
+     CROSS JOIN LATERAL (SELECT {_EVENT_COLUMNS} FROM event WHERE shard = h.shard AND position > h.head) e
+    UNION ALL
+    SELECT 2, e.* FROM unnest(%b, %b) w(shard, stream_id)
+     CROSS JOIN LATERAL (SELECT {_EVENT_COLUMNS} FROM event
+                          WHERE shard = w.shard AND stream_id = w.stream_id) e
+     ORDER BY what, shard, position
+"""
+_COMMANDS = """
+    SELECT c.shard, c.command_id, c.tenant_id, c.type, c.actor, c.digest, c.outcome, c.remembered, c.position, c.result
+      FROM unnest(%b, %b) k(shard, id) JOIN command c ON c.shard = k.shard AND c.command_id = k.id
+"""
+_READ_AFTER = f"""
+    SELECT e.* FROM unnest(%b, %b) c(shard, position)
+      JOIN shard s ON s.shard = c.shard AND s.head > c.position
+     CROSS JOIN LATERAL (SELECT {_EVENT_COLUMNS} FROM event
+                          WHERE shard = c.shard AND position > c.position ORDER BY position LIMIT %b) e
+     ORDER BY e.shard, e.position LIMIT %b
+"""
+_READ_STREAM = f"""
+    SELECT * FROM (SELECT {_EVENT_COLUMNS} FROM event WHERE shard = %b AND stream_id = %b
+                    ORDER BY stream_version DESC LIMIT %b) e ORDER BY stream_version
+"""
+_BEAT = """
+    INSERT INTO worker VALUES (%b, clock_timestamp()) ON CONFLICT (worker) DO UPDATE SET beat_at = clock_timestamp()
+"""
+# A row needs somebody when its time has come, or when the worker that claimed it is dead: silent for too long, unknown,
+# or an earlier life of the asking slot.
+_DUE = """
+    SELECT d.kind, d.id, d.stream_id, d.tenant_id, d.claimed_by FROM due d
+      LEFT JOIN worker w ON w.worker = d.claimed_by
+     WHERE d.due_at <= clock_timestamp()
+        OR (d.claimed_by <> '' AND d.claimed_by <> %b
+            AND (w.beat_at IS NULL OR w.beat_at < clock_timestamp() - make_interval(secs => %b)
+                 OR split_part(d.claimed_by, '/', 1) = split_part(%b, '/', 1)))
+     ORDER BY d.due_at LIMIT %b
+"""
+_CLAIM_DUE = """
+    UPDATE due SET due_at = %b WHERE shard = %b AND id = %b AND claimed_by = %b AND due_at <> %b
+           AND (due_at <= clock_timestamp() OR claimed_by <> '') RETURNING 1
+"""
+_NEXT_DUE = "SELECT min(due_at) FROM due"
+
+
+class PostgresEventLog:
+    """Implements `domain.event_log.EventLog`. Open it before use; it reconnects by itself after a failure."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._writer: Connection | None = None
+        self._writing = asyncio.Lock()
+        self._stack = AsyncExitStack()
+        self._pool: AsyncConnectionPool[Any] | None = None
+
+    async def open(self) -> None:
+        """Connect; `migrate` must have been run once on the database."""
+        self._pool = await self._stack.enter_async_context(open_pool(self._dsn, READERS, LOG_PLANS))
+
+    async def close(self) -> None:
+        """Let go of all connections."""
+        await self._drop_writer()
+        await self._stack.aclose()
+
+    async def migrate(self) -> None:
+        """Create what is not there yet; safe to run again and by several processes at once."""
+        await run_script(self._dsn, files(__package__).joinpath("event_log.sql").read_text())
+
+    # --- writing
+
+    async def append(self, batch: Batch) -> datetime:
+        """As in `EventLog`."""
+        async with self._writing:
+            connection = await self._writer_connection()
+            try:
+                with deadline(connection, CALL_S):
+                    return await _append(connection, batch)
+            except (HeadMoved, CommandSeen):
+                raise
+            except BaseException as failure:
+                await self._drop_writer()
+                if isinstance(failure, (psycopg.Error, OSError)):
+                    raise LogUnavailable(str(failure)) from failure
+                raise
+
+    @asynccontextmanager
+    async def locked(self, shards: Sequence[int]) -> AsyncIterator[_Locked]:
+        """As in `EventLog`."""
+        async with self._writing:
+            connection = await self._writer_connection()
+            try:
+                with deadline(connection, CALL_S):
+                    async with connection.transaction():
+                        query = "SELECT 1 FROM shard WHERE shard = ANY (%b) ORDER BY shard FOR UPDATE"
+                        await connection.execute(query, (smallints(shards),))
+                        yield _Locked(connection)
+            except (HeadMoved, CommandSeen):
+                raise
+            except BaseException as failure:
+                await self._drop_writer()
+                if isinstance(failure, (psycopg.Error, OSError)):
+                    raise LogUnavailable(str(failure)) from failure
+                raise
+
+    # --- reading
+
+    async def sync(self, heads: Mapping[int, int], streams: Streams) -> Synced:
+        """As in `EventLog`."""
+        async with self._reader() as connection:
+            return await _sync(connection, heads, streams)
+
+    async def commands(self, ids: Sequence[tuple[int, UUID]]) -> dict[UUID, CommandRow]:
+        """As in `EventLog`."""
+        arguments = (smallints([shard for shard, _ in ids]), uuids([id for _, id in ids]))
+        return {row[1]: CommandRow(*row) for row in await self._fetch(_COMMANDS, arguments)}
+
+    async def read_after(self, cursors: Mapping[int, int], limit: int) -> list[StoredEvent]:
+        """As in `EventLog`."""
+        arguments = (smallints(list(cursors)), bigints(list(cursors.values())), limit, limit)
+        return [StoredEvent(*row) for row in await self._fetch(_READ_AFTER, arguments)]
+
+    async def read_stream(self, shard: int, stream_id: UUID, last: int) -> list[StoredEvent]:
+        """As in `EventLog`."""
+        return [StoredEvent(*row) for row in await self._fetch(_READ_STREAM, (shard, stream_id, last))]
+
+    async def heads(self) -> dict[int, int]:
+        """As in `EventLog`."""
+        return dict(await self._fetch("SELECT shard, head FROM shard", ()))
+
+    # --- who works, and what is due
+
+    async def beat(self, worker: str) -> None:
+        """As in `EventLog`."""
+        async with self._reader() as connection:
+            await connection.execute(_BEAT, (worker,))
+
+    async def due(self, worker: str, limit: int, dead_after_s: float) -> list[DueRow]:
+        """As in `EventLog`."""
+        rows = await self._fetch(_DUE, (worker, float(dead_after_s), worker, limit))
+        return [DueRow(*row) for row in rows]
+
+    async def claim_due(self, row: DueRow, worker: str, until: datetime) -> bool:
+        """As in `EventLog`."""
+        arguments = (until, shard_of(row.tenant_id), row.id, row.lost_worker, until)
+        return bool(await self._fetch(_CLAIM_DUE, arguments))
+
+    async def next_due_at(self) -> datetime | None:
+        """As in `EventLog`."""
+        return cast(datetime | None, (await self._fetch(_NEXT_DUE, ()))[0][0])
+
+    # --- inside
+
+    async def _fetch(self, query: LiteralString, arguments: Sequence[Any]) -> list[Any]:
+        async with self._reader() as connection:
+            cursor = await connection.execute(query, arguments, binary=True)
+            return await cursor.fetchall()
+
+    @asynccontextmanager
+    async def _reader(self) -> AsyncIterator[Connection]:
+        assert self._pool is not None, "open() the log first"
+        try:
+            async with self._pool.connection(timeout=CALL_S) as connection:
+                with deadline(connection, CALL_S):
+                    yield connection
+        except (psycopg.Error, PoolTimeout, OSError) as failure:
+            raise LogUnavailable(str(failure)) from failure
+
+    async def _writer_connection(self) -> Connection:
+        if self._writer is None or self._writer.closed:
+            try:
+                self._writer = await connect(self._dsn)
+            except (psycopg.Error, OSError, TimeoutError) as failure:
+                raise LogUnavailable(str(failure)) from failure
+        return self._writer
+
+    async def _drop_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            await writer.close()
+
+
+class _Locked:
+    """Implements `LockedLog` on a connection whose transaction holds the shards' rows."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def sync(self, heads: Mapping[int, int], streams: Streams) -> Synced:
+        return await _sync(self._connection, heads, streams)
+
+    async def append(self, batch: Batch) -> datetime:
+        return await _append(self._connection, batch)
+
+
+async def run_script(dsn: str, script: str) -> None:
+    """Run DDL in our schema, one process at a time."""
+    try:
+        async with await psycopg.AsyncConnection.connect(
+            dsn, autocommit=True, connect_timeout=5
+        ) as connection:
+            with deadline(connection, 30):
+                async with connection.transaction():
+                    schema = sql.Identifier(SCHEMA)
+                    await connection.execute("SELECT pg_advisory_xact_lock(hashtext('oshaani migrate'))")
+                    await connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(schema))
+                    await connection.execute(sql.SQL("SET LOCAL search_path = {}").format(schema))
+                    await connection.execute(sql.SQL(script))
+    except (psycopg.OperationalError, OSError) as failure:
+        raise LogUnavailable(str(failure)) from failure
+
+
+async def _append(connection: Connection, batch: Batch) -> datetime:
+    try:
+        cursor = await connection.execute(_APPEND, _arguments(batch), binary=True)
+        row = await cursor.fetchone()
+    except psycopg.Error as error:
+        if error.sqlstate == "OS001":
+            raise HeadMoved from error
+        if error.sqlstate == "OS002":
+            raise CommandSeen from error
+        if isinstance(error, psycopg.errors.UniqueViolation):
+            # A stream that was thought new exists: what was known of the shard is wrong as with a moved head.
+            raise HeadMoved from error
+        raise
+    assert row is not None, "a function call returns one row"
+    return cast(datetime, row[0])
+
+
+def _arguments(batch: Batch) -> tuple[Any, ...]:
+    counts = dict.fromkeys(batch.heads, 0)
+    for event in batch.events:
+        counts[event.shard] += 1
+    e = _columns(batch.events, 16)
+    c = _columns(batch.commands, 10)
+    d = _columns(batch.due, 7)
+    return (
+        smallints(list(batch.heads)),
+        bigints(list(batch.heads.values())),
+        bigints(list(counts.values())),
+        *(smallints(e[0]), bigints(e[1]), uuids(e[2]), uuids(e[3]), ints(e[4]), texts(e[5]), smallints(e[6])),
+        *(
+            byteas(e[7]),
+            byteas(e[8]),
+            uuids(e[9]),
+            uuids(e[10]),
+            uuids(e[11]),
+            uuids(e[12]),
+            texts(e[13]),
+            texts(e[14]),
+        ),
+        *(smallints(c[0]), uuids(c[1]), uuids(c[2]), texts(c[3]), texts(c[4]), byteas(c[5]), texts(c[6])),
+        *(booleans(c[7]), bigints(c[8]), byteas(c[9])),
+        *(smallints(d[0]), texts(d[1]), uuids(d[2]), uuids(d[3]), uuids(d[4]), timestamps(d[5]), texts(d[6])),
+    )
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[Any]:
+    return list(zip(*rows, strict=True)) if rows else [()] * width
+
+
+async def _sync(connection: Connection, heads: Mapping[int, int], streams: Streams) -> Synced:
+    shards = sorted({*heads, *(shard for shard, _ in streams)})
+    arguments = (
+        smallints(shards),
+        smallints(list(heads)),
+        bigints(list(heads.values())),
+        smallints([shard for shard, _ in streams]),
+        uuids([stream_id for _, stream_id in streams]),
+    )
+    cursor = await connection.execute(_SYNC, arguments, binary=True)
+    found = Synced({}, [], {stream_id: [] for _, stream_id in streams})
+    for what, *row in await cursor.fetchall():
+        if what == 0:
+            found.heads[row[0]] = row[1]
+        elif what == 1:
+            found.newer.append(StoredEvent(*row))
+        else:
+            found.streams[row[3]].append(StoredEvent(*row))
+    return found

@@ -1,0 +1,121 @@
+-- The log. A position is dense and in commit order within its shard, because every append locks the shard's row.
+-- 32 shards for ever; all unique keys start with the shard, so that the tables can be distributed by it.
+
+CREATE TABLE IF NOT EXISTS shard (
+    shard smallint PRIMARY KEY,
+    head  bigint   NOT NULL DEFAULT 0                    -- the last position given out
+) WITH (fillfactor = 10);                                -- every append updates a row in place
+
+INSERT INTO shard (shard) SELECT generate_series(0, 31) ON CONFLICT DO NOTHING;
+
+CREATE TABLE IF NOT EXISTS event (
+    shard          smallint    NOT NULL,
+    position       bigint      NOT NULL,
+    tenant_id      uuid        NOT NULL,
+    stream_id      uuid        NOT NULL,
+    stream_version integer     NOT NULL,
+    type           text        NOT NULL,
+    schema_version smallint    NOT NULL,
+    payload        bytea       NOT NULL,                 -- JSON, or a reference to an object
+    personal       bytea,                                -- sealed under the key of subject_id
+    subject_id     uuid,
+    command_id     uuid        NOT NULL,
+    correlation_id uuid        NOT NULL,
+    causation_id   uuid,
+    actor          text        NOT NULL,
+    traceparent    text,
+    recorded_at    timestamptz NOT NULL,
+    PRIMARY KEY (shard, position),
+    UNIQUE (shard, stream_id, stream_version)
+);
+
+-- What became of every command, accepted or refused: audit trail and idempotency key.
+CREATE TABLE IF NOT EXISTS command (
+    shard       smallint    NOT NULL,
+    command_id  uuid        NOT NULL,
+    tenant_id   uuid        NOT NULL,
+    type        text        NOT NULL,
+    actor       text        NOT NULL,
+    digest      bytea       NOT NULL,
+    outcome     text        NOT NULL,
+    remembered  boolean     NOT NULL,                    -- false: a refusal that may be tried again
+    position    bigint      NOT NULL,                    -- of its last event, 0 without any
+    result      bytea       NOT NULL,
+    attempts    integer     NOT NULL DEFAULT 1,
+    recorded_at timestamptz NOT NULL,
+    PRIMARY KEY (shard, command_id)
+);
+CREATE INDEX IF NOT EXISTS command_by_tenant ON command (tenant_id, recorded_at DESC);
+
+-- What must happen even if nobody hears of it, written by the append that makes it necessary.
+CREATE TABLE IF NOT EXISTS due (
+    shard      smallint    NOT NULL,
+    kind       text        NOT NULL,
+    id         uuid        NOT NULL,
+    stream_id  uuid        NOT NULL,
+    tenant_id  uuid        NOT NULL,
+    due_at     timestamptz NOT NULL,
+    claimed_by text        NOT NULL,
+    PRIMARY KEY (shard, id)
+) WITH (fillfactor = 50);
+CREATE INDEX IF NOT EXISTS due_at ON due (due_at);
+
+CREATE TABLE IF NOT EXISTS worker (
+    worker  text        PRIMARY KEY,                     -- slot/incarnation
+    beat_at timestamptz NOT NULL
+) WITH (fillfactor = 50);
+
+-- One append. Positions in `e_position` follow `p_heads`; if a head has moved, nothing is written.
+-- Shards are locked in ascending order, so that two appends cannot deadlock.
+CREATE OR REPLACE FUNCTION append(
+    p_shards smallint[], p_heads bigint[], p_counts bigint[],
+    e_shard smallint[], e_position bigint[], e_tenant uuid[], e_stream uuid[], e_version integer[], e_type text[],
+    e_schema smallint[], e_payload bytea[], e_personal bytea[], e_subject uuid[], e_command uuid[],
+    e_correlation uuid[], e_causation uuid[], e_actor text[], e_trace text[],
+    c_shard smallint[], c_id uuid[], c_tenant uuid[], c_type text[], c_actor text[], c_digest bytea[],
+    c_outcome text[], c_remembered boolean[], c_position bigint[], c_result bytea[],
+    d_shard smallint[], d_kind text[], d_id uuid[], d_stream uuid[], d_tenant uuid[], d_at timestamptz[], d_by text[]
+) RETURNS timestamptz LANGUAGE plpgsql AS $$
+DECLARE
+    at    timestamptz;
+    moved bigint;
+BEGIN
+    IF cardinality(p_shards) > 1 THEN
+        PERFORM 1 FROM shard s WHERE s.shard = ANY (p_shards) ORDER BY s.shard FOR UPDATE;
+    END IF;
+    UPDATE shard s SET head = s.head + p.n
+      FROM unnest(p_shards, p_heads, p_counts) p(shard, head, n)
+     WHERE s.shard = p.shard AND s.head = p.head;
+    GET DIAGNOSTICS moved = ROW_COUNT;
+    IF moved <> cardinality(p_shards) THEN
+        RAISE EXCEPTION 'head moved' USING ERRCODE = 'OS001';
+    END IF;
+    at := clock_timestamp();                             -- under the lock: time never runs backwards within a shard
+    INSERT INTO command AS c
+    SELECT k.*, 1, at
+      FROM unnest(c_shard, c_id, c_tenant, c_type, c_actor, c_digest, c_outcome, c_remembered, c_position, c_result) k
+        ON CONFLICT (shard, command_id) DO UPDATE
+       SET outcome = excluded.outcome, remembered = excluded.remembered, position = excluded.position,
+           result = excluded.result, recorded_at = excluded.recorded_at, attempts = c.attempts + 1
+     WHERE NOT c.remembered;
+    GET DIAGNOSTICS moved = ROW_COUNT;
+    IF moved <> cardinality(c_id) THEN
+        RAISE EXCEPTION 'command seen' USING ERRCODE = 'OS002';
+    END IF;
+    IF cardinality(e_shard) > 0 THEN
+        INSERT INTO event
+        SELECT e.*, at
+          FROM unnest(e_shard, e_position, e_tenant, e_stream, e_version, e_type, e_schema, e_payload, e_personal,
+                      e_subject, e_command, e_correlation, e_causation, e_actor, e_trace) e;
+    END IF;
+    IF cardinality(d_shard) > 0 THEN
+        DELETE FROM due USING unnest(d_shard, d_id, d_at) d(shard, id, at)
+         WHERE due.shard = d.shard AND due.id = d.id AND d.at IS NULL;
+        INSERT INTO due
+        SELECT d.* FROM unnest(d_shard, d_kind, d_id, d_stream, d_tenant, d_at, d_by)
+                        d(shard, kind, id, stream_id, tenant_id, due_at, claimed_by)
+         WHERE d.due_at IS NOT NULL
+            ON CONFLICT (shard, id) DO UPDATE SET due_at = excluded.due_at, claimed_by = excluded.claimed_by;
+    END IF;
+    RETURN at;
+END $$;

@@ -1,0 +1,480 @@
+"""The one way to change anything: `await bus.execute(command)`.
+
+Commands that wait are decided together, on aggregates kept in memory, and written with one append. The append proves
+that the shards' heads are what the decisions were based on; when another process was faster, nothing is written and
+they are decided again. A command id is served once, for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any, Protocol, TypeVar
+from uuid import UUID, uuid4
+
+from commands.command import (
+    HANDLERS,
+    Command,
+    IdempotencyKeyReused,
+    NotLoaded,
+    Outcome,
+    RefusedBefore,
+    Result,
+    Rules,
+    WriteSide,
+    noun_of,
+)
+from domain.aggregate import Root
+from domain.errors import NotFound, Refusal
+from domain.event_log import (
+    Batch,
+    CommandRow,
+    CommandSeen,
+    EventLog,
+    HeadMoved,
+    LogUnavailable,
+    StoredEvent,
+    Streams,
+    Synced,
+)
+from domain.ids import CommandId, UserId, shard_of
+from domain.ports import Clock
+from domain.turn import Turn
+from schemas.codec import decode_json, encode_json
+from schemas.records import AnyRecord, Records, record_of
+
+log_of = logging.getLogger(__name__)
+
+GROUP_MAX = 128  # commands in one transaction
+WAITING_MAX = 10_000  # commands in the queue; beyond it callers are told to come back
+ROUNDS_MAX = 8  # of loading what handlers ask for
+TRIES_MAX = 6  # of one group, against other writers and lost answers
+CACHED_MAX = 10_000  # aggregates in memory
+UNAVAILABLE_PAUSE_S = 0.2
+ACCEPTED = "accepted"
+
+AggregateT = TypeVar("AggregateT", bound=Root)
+
+
+class Overloaded(Exception):
+    """More commands wait than the bus can serve soon."""
+
+
+class Committed(Protocol):
+    """Is told of every event this process has written, in commit order, before the command's caller is."""
+
+    def __call__(self, records: Sequence[AnyRecord]) -> None: ...
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A command in the queue and who waits for it."""
+
+    command: Command
+    command_id: CommandId
+    digest: bytes
+    actor: str
+    correlation_id: UUID
+    causation_id: UUID | None
+    traceparent: str | None
+    shard: int
+    future: asyncio.Future[Outcome]
+
+
+@dataclass(slots=True)
+class Decided:
+    """What a command came to, before it is written."""
+
+    waiting: Waiting
+    write: WriteSide
+    result: Result
+    refusal: Refusal | None
+
+
+class Bus:
+    """Serves commands. One for each process; it owns the write side's connection and cache."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        records: Records,
+        rules: Rules,
+        clock: Clock = lambda: datetime.now(UTC),
+        on_commit: Committed = lambda records: None,
+    ) -> None:
+        self._log, self._records, self._rules, self._clock = log, records, rules, clock
+        self.on_commit = on_commit
+        self._queue: deque[Waiting] = deque()
+        self._by_id: dict[CommandId, Waiting] = {}
+        self._serving: asyncio.Task[None] | None = None
+        self._reading = asyncio.Lock()
+        self._heads: dict[int, int] = {}
+        self._cache: OrderedDict[UUID, tuple[UUID | None, Root | None]] = OrderedDict()  # by whose it is
+
+    async def execute(
+        self,
+        command: Command,
+        *,
+        by: str,
+        command_id: UUID | None = None,
+        digest: bytes | None = None,
+        correlation_id: UUID | None = None,
+        caused_by: AnyRecord | None = None,
+        traceparent: str | None = None,
+    ) -> Outcome:
+        """Decide a command and write what follows from it; returns when that is durable.
+
+        `command_id` makes a resent command harmless: it is served once and answered with what it gave then.
+
+        Raises:
+            Refusal: a rule says no; also recorded.
+            LogUnavailable: the log cannot be reached; asking again with the same id is safe.
+            Overloaded: too many commands wait.
+        """
+        id = CommandId(command_id or uuid4())
+        digest = digest or sha256(encode_json(command)).digest()
+        already = self._by_id.get(id)
+        if already is not None:
+            return await self._join(already, digest)
+        if len(self._queue) >= WAITING_MAX:
+            raise Overloaded
+        waiting = Waiting(
+            command,
+            id,
+            digest,
+            by,
+            correlation_id or (caused_by.correlation_id if caused_by else id),
+            caused_by.event_id if caused_by else None,
+            traceparent or (caused_by.traceparent if caused_by else None),
+            shard_of(command.tenant_id),
+            asyncio.get_running_loop().create_future(),
+        )
+        self._by_id[id] = waiting
+        self._queue.append(waiting)
+        if self._serving is None or self._serving.done():
+            self._serving = asyncio.create_task(self._serve_queue())
+        # A caller that goes away does not take the command with it.
+        return await asyncio.shield(waiting.future)
+
+    async def read(self, aggregate_class: type[AggregateT], id: UUID, tenant_id: UserId) -> AggregateT:
+        """The aggregate as this process knows it: never older than its own writes.
+
+        Raises:
+            NotFound: no such thing of this tenant.
+            LogUnavailable: it must be loaded and the log cannot be reached.
+        """
+        shard = shard_of(tenant_id)
+        if id not in self._cache:
+            async with self._reading:
+                synced = await self._log.sync({}, [(shard, id)])
+                rows = synced.streams[id]
+                owner, found = await self._replayed(rows)
+            # Only a view of the very head that the cache stands at may join it.
+            if self._heads.setdefault(shard, synced.heads[shard]) == synced.heads[shard]:
+                self._remember(id, owner, found)
+        else:
+            owner, found = self._cache[id]
+        if owner != tenant_id or not isinstance(found, aggregate_class):
+            raise NotFound(noun_of(aggregate_class))
+        return found
+
+    async def drain(self) -> None:
+        """Wait until nothing is being served."""
+        if self._serving is not None:
+            await asyncio.shield(self._serving)
+
+    # --- the queue
+
+    async def _join(self, already: Waiting, digest: bytes) -> Outcome:
+        if already.digest != digest:
+            raise IdempotencyKeyReused("This key was used before for another request.")
+        outcome = await asyncio.shield(already.future)
+        return Outcome(outcome.result, outcome.shard, outcome.position, seen=True)
+
+    async def _serve_queue(self) -> None:
+        while self._queue:
+            group = [self._queue.popleft() for _ in range(min(GROUP_MAX, len(self._queue)))]
+            try:
+                await self._serve(group)
+            except Exception as bug:
+                log_of.exception("a group of %d commands failed", len(group))
+                _fail(group, bug)
+            for waiting in group:
+                self._by_id.pop(waiting.command_id, None)
+
+    async def _serve(self, group: Sequence[Waiting]) -> None:
+        for attempt in range(TRIES_MAX):
+            group = [waiting for waiting in group if not waiting.future.done()]
+            if not group:
+                return None
+            try:
+                # When others keep being faster, decide while they wait.
+                await (self._decide_and_append(group) if attempt < 2 else self._decide_under_lock(group))
+            except HeadMoved:
+                self._forget_shards(group)
+            except CommandSeen:
+                await self._answer_seen(group)
+            except LogUnavailable as failure:
+                self._forget_shards(group)
+                if attempt == TRIES_MAX - 1 or not await self._look_up_lost(group):
+                    return _fail(group, failure)
+            except Exception as failure:
+                return await self._serve_one_by_one(group, failure)
+        return _fail(group, LogUnavailable("other writers kept being faster"))
+
+    async def _serve_one_by_one(self, group: Sequence[Waiting], failure: Exception) -> None:
+        """Find the command that spoils its group: only that one fails."""
+        if len(group) == 1:
+            return _fail(group, failure)
+        log_of.warning("a group of %d commands is served one by one: %r", len(group), failure)
+        for waiting in group:
+            await self._serve([waiting])
+        return None
+
+    async def _decide_and_append(self, group: Sequence[Waiting]) -> None:
+        decided = await self._decide(group, self._log.sync)
+        batch, events = await self._written(decided)
+        at = await self._log.append(batch)
+        self._commit(decided, batch, events, at)
+
+    async def _decide_under_lock(self, group: Sequence[Waiting]) -> None:
+        shards = sorted({waiting.shard for waiting in group})
+        async with self._log.locked(shards) as locked:
+            self._forget_shards(group)
+            decided = await self._decide(group, locked.sync)
+            batch, events = await self._written(decided)
+            at = await locked.append(batch)
+        self._commit(decided, batch, events, at)
+
+    async def _answer_seen(self, group: Sequence[Waiting]) -> None:
+        rows = await self._log.commands([(waiting.shard, waiting.command_id) for waiting in group])
+        for waiting in group:
+            row = rows.get(waiting.command_id)
+            if row is not None and row.remembered:
+                _answer(waiting, row)
+
+    async def _look_up_lost(self, group: Sequence[Waiting]) -> bool:
+        """After a lost answer: serve what had been written after all. False while the log cannot be reached."""
+        await asyncio.sleep(UNAVAILABLE_PAUSE_S)
+        try:
+            await self._answer_seen(group)
+        except LogUnavailable:
+            return False
+        return True
+
+    # --- deciding
+
+    async def _decide(
+        self, group: Sequence[Waiting], sync: Callable[[dict[int, int], Streams], Any]
+    ) -> list[Decided]:
+        wanted = {
+            (waiting.shard, id)
+            for waiting in group
+            for id in waiting.command.reads()
+            if id not in self._cache or waiting.shard not in self._heads
+        }
+        wanted |= {
+            (waiting.shard, waiting.command_id) for waiting in group if waiting.shard not in self._heads
+        }
+        for _ in range(ROUNDS_MAX):
+            if wanted:
+                await self._load(wanted, sync)
+            now = self._clock()
+            overlay: dict[UUID, Root] = {}
+            decided: list[Decided] = []
+            wanted = set()
+            for waiting in group:
+                try:
+                    decided.append(self._decide_one(waiting, overlay, now))
+                except NotLoaded as missing:
+                    wanted.add((waiting.shard, missing.stream_id))
+                except Exception as bug:
+                    log_of.exception("the handler of %s failed", type(waiting.command).__name__)
+                    waiting.future.set_exception(bug)
+            if not wanted:
+                return decided
+            group = [waiting for waiting in group if not waiting.future.done()]
+        raise RuntimeError(f"handlers still ask for streams after {ROUNDS_MAX} rounds: {wanted}")
+
+    def _decide_one(self, waiting: Waiting, overlay: dict[UUID, Root], now: datetime) -> Decided:
+        def known(id: UUID) -> Root | None:
+            found = overlay.get(id)
+            if found is not None:
+                return found
+            cached = self._cache.get(id)
+            if cached is None:
+                raise NotLoaded(id)
+            return cached[1] if cached[0] == command.tenant_id else None
+
+        command = waiting.command
+        write = WriteSide(
+            known, self._rules, now, waiting.command_id, waiting.actor, waiting.shard, command.tenant_id
+        )
+        try:
+            result = HANDLERS[type(command)](command, write) or {}
+        except Refusal as refusal:
+            return Decided(waiting, write, {}, refusal)
+        overlay.update(write.touched)
+        return Decided(waiting, write, result, None)
+
+    async def _load(
+        self, wanted: set[tuple[int, UUID]], sync: Callable[[dict[int, int], Streams], Any]
+    ) -> None:
+        shards = {shard for shard, _ in wanted}
+        known = {shard: self._heads[shard] for shard in shards if shard in self._heads}
+        async with self._reading:
+            synced: Synced = await sync(known, sorted(wanted))
+            for shard, head in synced.heads.items():
+                missed = head - self._heads.get(shard, head)
+                arrived = sum(1 for row in synced.newer if row.shard == shard)
+                if missed != arrived:
+                    self._forget(shard)
+                self._heads[shard] = head
+            await self._follow(synced.newer)
+            for stream_id, rows in synced.streams.items():
+                self._remember(stream_id, *await self._replayed(rows))
+
+    async def _follow(self, newer: Sequence[StoredEvent]) -> None:
+        """Bring cached aggregates up to date with what other processes wrote."""
+        for record in await self._records.open([row for row in newer if row.stream_id in self._cache]):
+            root = self._cache[record.stream_id][1]
+            root = root.fork() if root is not None else None
+            self._cache[record.stream_id] = record.tenant_id, record.event.mutate(root)
+
+    async def _replayed(self, rows: Sequence[StoredEvent]) -> tuple[UUID | None, Root | None]:
+        root: Root | None = None
+        for record in await self._records.open(rows):
+            root = record.event.mutate(root)
+        return (rows[0].tenant_id if rows else None), root
+
+    # --- writing
+
+    async def _written(self, decided: Sequence[Decided]) -> tuple[Batch, list[Any]]:
+        """The batch of a group, and the events behind its rows."""
+        heads = {one.waiting.shard: self._heads[one.waiting.shard] for one in decided}
+        batch = Batch(dict(sorted(heads.items())))
+        events: list[Any] = []
+        objects: list[tuple[str, bytes]] = []
+        await self._records.ensure_keys([one.waiting.command.tenant_id for one in decided])
+        for one in sorted(decided, key=lambda one: one.waiting.shard):
+            position = 0
+            if one.refusal is None:
+                for event in one.write.new_events():
+                    position = heads[one.waiting.shard] = heads[one.waiting.shard] + 1
+                    draft = self._records.seal(
+                        event, one.waiting.command.tenant_id, _envelope(one.waiting, position)
+                    )
+                    batch.events.append(draft.row)
+                    objects.extend(draft.objects)
+                    events.append(event)
+                batch.due.extend(one.write.due_changes.values())
+            batch.commands.append(_row(one, position))
+        if objects:
+            await self._records.store(objects)
+        return batch, events
+
+    def _commit(self, decided: Sequence[Decided], batch: Batch, events: Sequence[Any], at: datetime) -> None:
+        for one in decided:
+            if one.refusal is None:
+                for id, root in one.write.touched.items():
+                    root.pending_events.clear()
+                    self._remember(id, one.waiting.command.tenant_id, root)
+        records = [
+            record_of(event, row._replace(recorded_at=at))
+            for event, row in zip(events, batch.events, strict=True)
+        ]
+        for record in records:
+            self._heads[record.shard] = record.position
+        if records:
+            self.on_commit(records)
+        for one, row in zip(sorted(decided, key=lambda one: one.waiting.shard), batch.commands, strict=True):
+            if one.waiting.future.done():
+                continue
+            if one.refusal is not None:
+                one.waiting.future.set_exception(one.refusal)
+                one.waiting.future.exception()  # a caller that has gone away is no reason for a warning
+            else:
+                one.waiting.future.set_result(Outcome(one.result, row.shard, row.position, seen=False))
+
+    # --- the cache
+
+    def _remember(self, id: UUID, owner: UUID | None, root: Root | None) -> None:
+        if isinstance(root, Turn) and root.outcome is not None:
+            self._cache.pop(id, None)  # an ended turn is rarely asked for again
+            return
+        self._cache[id] = (owner, root)
+        self._cache.move_to_end(id)
+        if len(self._cache) > CACHED_MAX:
+            self._cache.popitem(last=False)
+
+    def _forget(self, shard: int) -> None:
+        self._heads.pop(shard, None)
+        for id in [id for id, (owner, _) in self._cache.items() if owner is None or shard_of(owner) == shard]:
+            del self._cache[id]
+
+    def _forget_shards(self, group: Sequence[Waiting]) -> None:
+        for shard in {waiting.shard for waiting in group}:
+            self._forget(shard)
+
+
+def _fail(group: Sequence[Waiting], failure: Exception) -> None:
+    for waiting in group:
+        if not waiting.future.done():
+            waiting.future.set_exception(failure)
+            waiting.future.exception()
+
+
+def _answer(waiting: Waiting, row: CommandRow) -> None:
+    """Serve a command with the outcome it was given before."""
+    if waiting.future.done():
+        return
+    if row.digest != waiting.digest:
+        waiting.future.set_exception(IdempotencyKeyReused("This key was used before for another request."))
+    elif row.outcome == ACCEPTED:
+        waiting.future.set_result(Outcome(decode_json(row.result), row.shard, row.position, seen=True))
+    else:
+        refusal = decode_json(row.result)
+        waiting.future.set_exception(RefusedBefore(row.outcome, refusal["sentence"], refusal["facts"]))
+
+
+def _envelope(waiting: Waiting, position: int) -> StoredEvent:
+    return StoredEvent(
+        shard=waiting.shard,
+        position=position,
+        tenant_id=waiting.command.tenant_id,
+        stream_id=waiting.command_id,
+        stream_version=0,
+        type="",
+        schema_version=1,
+        payload=b"",
+        personal=None,
+        subject_id=None,
+        command_id=waiting.command_id,
+        correlation_id=waiting.correlation_id,
+        causation_id=waiting.causation_id,
+        actor=waiting.actor,
+        traceparent=waiting.traceparent,
+        recorded_at=None,
+    )
+
+
+def _row(one: Decided, position: int) -> CommandRow:
+    waiting, refusal = one.waiting, one.refusal
+    result = encode_json({"sentence": str(refusal), "facts": refusal.facts} if refusal else one.result)
+    return CommandRow(
+        waiting.shard,
+        waiting.command_id,
+        waiting.command.tenant_id,
+        type(waiting.command).__name__,
+        waiting.actor,
+        waiting.digest,
+        refusal.code if refusal else ACCEPTED,
+        refusal.remembered if refusal else True,
+        position,
+        result,
+    )
