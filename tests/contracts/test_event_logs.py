@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from adapters.memory.event_log import MemoryEventLog
 from adapters.postgres.event_log import CALL_S, PostgresEventLog
@@ -69,8 +70,6 @@ async def opened(dsn: str) -> PostgresEventLog:
 @pytest.fixture
 async def postgres(database_url: str) -> AsyncIterator[PostgresEventLog]:
     log = await opened(database_url)
-    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
-        await connection.execute("TRUNCATE oshaani.due, oshaani.worker")
     yield log
     await log.close()
 
@@ -738,16 +737,15 @@ async def test_a_server_that_is_not_there_is_unavailable_within_the_deadline(
 
 
 async def test_times_are_utc_whatever_the_servers_time_zone(database_url: str, tenant: UUID) -> None:
-    log = await opened(database_url)
-    await log.close()
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
-        await connection.execute("ALTER ROLE CURRENT_USER SET timezone = 'Asia/Kathmandu'")
-        try:
-            log = await opened(database_url)
-            at = await log.append(await batch_after(log, tenant, (tenant, 1)))
-            (event,) = await log.read_stream(shard_of(tenant), tenant, 1)
-            await log.close()
-        finally:
-            await connection.execute("ALTER ROLE CURRENT_USER RESET timezone")
+        database = sql.Identifier(connection.info.dbname)
+        await connection.execute(
+            sql.SQL("ALTER DATABASE {} SET timezone = 'Asia/Kathmandu'").format(database)
+        )
+    log = await opened(database_url)
+    at = await log.append(await batch_after(log, tenant, (tenant, 1)))
+    (event,) = await log.read_stream(shard_of(tenant), tenant, 1)
+    await log.close()
     assert at.utcoffset() == timedelta(0)
-    assert event.recorded_at == at and event.recorded_at.utcoffset() == timedelta(0)
+    assert event.recorded_at == at
+    assert event.recorded_at.utcoffset() == timedelta(0)
