@@ -136,9 +136,7 @@ class PostgresServer:
             account = server_account()
             try:
                 programs = postgres_programs(self.data_dir, account)
-                _stop_left_over(self.database_dir, self._name)
-                _forget_dead(self.database_dir / "postmaster.pid")
-                _forget_dead(self._socket_dir() / f".s.PGSQL.{PORT}.lock")
+                self.stop_left_over()
                 if not self.database_dir.exists():
                     self._initialise(programs, account)
                 self._launch(programs, account)
@@ -155,6 +153,29 @@ class PostgresServer:
         """Stop the server within 3 s; a second call does nothing."""
         with self._changing:
             self._end()
+
+    def stop_left_over(self) -> None:
+        """End every server process that works on this folder, whichever process started it.
+
+        A killed program leaves its server running; a killed server leaves its children for a moment. They
+        are known by their command lines, the server by its folder, its children by the `cluster_name` in
+        their titles: the process number in `postmaster.pid` may by now be another program's.
+        """
+        servers, children = [], []
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if words[1:3] == ["-D", str(self.database_dir)]:
+                servers.append(process)
+            elif " ".join(words).startswith(f"postgres: {self._name}: "):
+                children.append(process)
+        for server in servers:
+            _end(server)
+        _, alive = psutil.wait_procs(children, timeout=IMMEDIATE_STOP_S)
+        for process in alive:
+            _signal(process, signal.SIGKILL)
+        psutil.wait_procs(alive, timeout=KILL_S)
+        _forget_dead(self.database_dir / "postmaster.pid")
+        _forget_dead(self._socket_dir() / f".s.PGSQL.{PORT}.lock")
 
     def _end(self) -> None:
         process, self._process = self._process, None
@@ -254,28 +275,6 @@ class PostgresServer:
             f"the embedded Postgres did not start: {what}: {words} (all of it: {str(self.log_file)!r}); "
             "mend that, or set OSHAANI_DATA_DIR to another folder, or DATABASE_URL to a server of your own"
         )
-
-
-def _stop_left_over(database_dir: Path, name: str) -> None:
-    """End every server process that still works on `database_dir`.
-
-    A killed program leaves its server running; a killed server leaves its children for a moment. They are
-    known by their command lines, the server by its folder, its children by the `cluster_name` in their titles:
-    the process number in `postmaster.pid` may by now be another program's.
-    """
-    postmaster, children = None, []
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if words[1:3] == ["-D", str(database_dir)]:
-            postmaster = process
-        elif " ".join(words).startswith(f"postgres: {name}: "):
-            children.append(process)
-    if postmaster is not None:
-        _end(postmaster)
-    _, alive = psutil.wait_procs(children, timeout=IMMEDIATE_STOP_S)
-    for process in alive:
-        _signal(process, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=KILL_S)
 
 
 def _forget_dead(lock_file: Path) -> None:
