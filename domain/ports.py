@@ -337,3 +337,87 @@ class ObjectStore(Protocol):
 # --- time ------------------------------------------------------------------------------------------------------
 
 Clock = Callable[[], datetime]
+
+# --- who is calling ----------------------------------------------------------------------------------------------
+
+KeyKind = Literal["user", "agent"]
+
+
+class ApiKeys(Protocol):
+    """Makes API keys and recognises them; knows the secret that their digests are made with."""
+
+    def mint(self, kind: KeyKind) -> tuple[str, str]:
+        """A new key id, and the whole key, which is shown once."""
+
+    def parse(self, text: str) -> tuple[KeyKind, str, str] | None:
+        """Kind, key id and secret, or None for anything that `mint` cannot have given."""
+
+    def digest(self, key: str) -> str:
+        """What is stored of a key, as hex."""
+
+    def matches(self, key: str, stored_digest: str | None) -> bool:
+        """Whether the digest is the key's; takes as long for None, the digest of nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """How a person logs in. `email` is as the person wrote it; it is found by its canonical form."""
+
+    user_id: UUID
+    email: str
+    name: str
+    password_hash: str
+
+
+class Logins(Protocol):
+    """Addresses and password hashes: outside the log, because they change and must be forgotten."""
+
+    async def reserve(self, login: Login) -> Login:
+        """Take the address for this person; returns whoever has it, which is somebody else when it was taken."""
+
+    async def find(self, email: str) -> Login | None:
+        """Who logs in with this address, upper and lower case being the same."""
+
+    async def of(self, user_id: UUID) -> Login | None:
+        """How this person logs in."""
+
+    async def change_password(self, user_id: UUID, password_hash: str) -> None:
+        """Another password from now on."""
+
+    async def forget(self, user_id: UUID) -> None:
+        """Free the address."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A browser that is logged in. `digest` is that of its token, which nobody keeps."""
+
+    digest: bytes
+    user_id: UUID
+    expires_at: datetime
+
+
+class Sessions(Protocol):
+    """Who is logged in, by the SHA-256 of the token in the cookie."""
+
+    async def begin(self, session: Session) -> None:
+        """Note a login."""
+
+    async def find(self, digest: bytes, now: datetime) -> Session | None:
+        """The session, unless it has ended."""
+
+    async def end(self, digest: bytes) -> None:
+        """Log out; ending what has ended is harmless."""
+
+    async def end_all(self, user_id: UUID) -> None:
+        """Log a person out everywhere."""
+
+
+class KeyUses(Protocol):
+    """When API keys were last used, to the minute."""
+
+    async def note(self, used_at: Mapping[str, datetime]) -> None:
+        """Note the last use of each key id; an earlier one than is known changes nothing."""
+
+    async def last(self, key_ids: Sequence[str]) -> dict[str, datetime]:
+        """The last use of each, of those that were ever used."""
