@@ -54,12 +54,12 @@ class Upstream:
                 yield
         except TimeoutError as timeout:
             raise fault(ModelErrorClass.TIMEOUT, self.label) from timeout
-        except (aiohttp.ClientPayloadError, aiohttp.ClientResponseError) as broken:
-            if isinstance(broken.__cause__, OSError):
-                raise fault(ModelErrorClass.UNREACHABLE, self.label, "the connection was reset") from broken
-            raise fault(
-                ModelErrorClass.GARBAGE, self.label, "the answer ended too early or is not HTTP"
-            ) from broken
+        except aiohttp.ClientResponseError as broken:
+            raise fault(ModelErrorClass.GARBAGE, self.label, "the answer is not HTTP") from broken
+        except aiohttp.ClientPayloadError as broken:
+            # The body is shorter than its own framing said: the connection broke, whoever broke it.
+            words = "the connection broke off in the middle of the answer"
+            raise fault(ModelErrorClass.UNREACHABLE, self.label, words) from broken
         except (aiohttp.ClientError, OSError) as broken:
             raise fault(ModelErrorClass.UNREACHABLE, self.label) from broken
 

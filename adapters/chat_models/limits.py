@@ -105,14 +105,9 @@ def tool_request_of(call_id: str, name: str, raw: str) -> ToolRequest:
             arguments = orjson.loads(raw)
         except (orjson.JSONDecodeError, RecursionError):
             arguments = None
-    return tool_request_from(call_id, name, arguments, raw)
-
-
-def tool_request_from(call_id: str, name: str, arguments: Any, raw: str) -> ToolRequest:
-    """A tool request from arguments the provider sent as a JSON value."""
     call_id, name = clean_text(call_id), clean_text(name)
     if isinstance(arguments, dict):
-        return ToolRequest(call_id, name, clean_json(arguments))
+        return ToolRequest(call_id, name, clean_json(arguments) if "\\u0000" in raw else arguments)
     return ToolRequest(call_id, name, None, clean_text(raw[:TOOL_RAW_CHARS_MAX]))
 
 

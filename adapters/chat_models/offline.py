@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from json import JSONDecoder
 from typing import NamedTuple
 
-from adapters.chat_models.limits import TOOL_REQUESTS_MAX, utf8_size
+from adapters.chat_models.limits import TOOL_REQUESTS_MAX
 from adapters.chat_models.reply import ReplyParts
 from domain.ports import Message, ModelCard, ModelReply, ModelRequest
 
@@ -75,7 +75,6 @@ class _Wish(NamedTuple):
 
     tool: str
     arguments: object
-    size_bytes: int
 
 
 class _Found(NamedTuple):
@@ -107,7 +106,7 @@ class Offline:
                 parts.add_text(piece)
         else:
             for wish in answer:
-                parts.add_tool_value("", wish.tool, wish.arguments, wish.size_bytes)
+                parts.add_tool("", wish.tool, wish.arguments)
         return parts.finished("stop", None)
 
     async def close(self) -> None:
@@ -141,7 +140,7 @@ def _wishes(text: str) -> Iterator[_Wish]:
                 arguments, at = _json.raw_decode(text, start)
             except (ValueError, RecursionError):
                 arguments, at = None, len(text)
-        yield _Wish(wish[1], arguments, utf8_size(text[start:at]))
+        yield _Wish(wish[1], arguments)
 
 
 def _excuse(wishes: Sequence[_Wish], request: ModelRequest) -> str | None:

@@ -236,7 +236,7 @@ class OpenAIWire:
         completion = self._decoded(body, request)
         if not completion.choices or (message := completion.choices[0].message) is None:
             raise fault(ModelErrorClass.GARBAGE, self._label)
-        reason = self._take(message, parts)
+        reason = self._take(message, parts, whole=True)
         finish_reason = reason or _FINISH_REASONS.get(completion.choices[0].finish_reason, "stop")
         return parts.finished(finish_reason, _usage_of(completion.usage))
 
@@ -255,7 +255,7 @@ class OpenAIWire:
             usage = _usage_of(chunk.usage) or usage
             for choice in chunk.choices or ():
                 if choice.delta is not None:
-                    refused = self._take(choice.delta, parts) or refused
+                    refused = self._take(choice.delta, parts, whole=False) or refused
                 if choice.finish_reason is not None:
                     reason = _FINISH_REASONS.get(choice.finish_reason, "stop")
         if not ended and reason is None:
@@ -279,7 +279,7 @@ class OpenAIWire:
             raise self._fault_of(bytes(completion.error), 500, request, None)
         return completion
 
-    def _take(self, content: _Content, parts: ReplyParts) -> FinishReason | None:
+    def _take(self, content: _Content, parts: ReplyParts, whole: bool) -> FinishReason | None:
         """Move a message's or delta's content over; a refusal is text and ends as a content filter does."""
         if isinstance(content.content, str):
             parts.add_text(content.content)
@@ -288,11 +288,11 @@ class OpenAIWire:
                 parts.add_text(part.text or "")
         for call in content.tool_calls or ():
             function = call.function or _Function()
-            if isinstance(function.arguments, dict):
-                size_bytes = len(orjson.dumps(function.arguments))
-                parts.add_tool_value(call.id or "", function.name or "", function.arguments, size_bytes)
+            name, arguments = function.name or "", function.arguments
+            if whole or isinstance(arguments, dict):
+                parts.add_tool(call.id or "", name, arguments)
             else:
-                parts.add_tool_piece(call.index, call.id or "", function.name or "", function.arguments or "")
+                parts.add_tool_piece(call.index, call.id or "", name, arguments or "")
         if content.refusal:
             parts.add_text(content.refusal)
             return "content_filter"

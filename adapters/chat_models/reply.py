@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
+
+import orjson
 
 from adapters.chat_models.limits import (
     REPLY_TEXT_BYTES_MAX,
     TOOL_REQUESTS_MAX,
+    clean_json,
     clean_text,
     estimated_usage,
     fault,
     minted_id,
-    tool_request_from,
     tool_request_of,
     utf8_size,
 )
@@ -28,7 +31,7 @@ class ToolParts:
         self.call_id = call_id
         self.name = name
         self.pieces: list[str] = []
-        self.value: object = None
+        self.value: dict[str, Any] | None = None
 
 
 class ReplyParts:
@@ -90,10 +93,15 @@ class ReplyParts:
             self._grow(utf8_size(piece))
             parts.pieces.append(piece)
 
-    def add_tool_value(self, call_id: str, name: str, value: object, size_bytes: int) -> None:
-        """Take a whole tool request whose arguments came as a JSON value of about `size_bytes`."""
-        self._grow(size_bytes)
-        self._new_tool(call_id, name).value = value
+    def add_tool(self, call_id: str, name: str, arguments: object) -> None:
+        """Take a whole tool request; `arguments` is a JSON value, its text, or None where there are none."""
+        raw = arguments if isinstance(arguments, str) else orjson.dumps(arguments).decode()
+        self._grow(utf8_size(raw))
+        parts = self._new_tool(call_id, name)
+        if isinstance(arguments, dict):
+            parts.value = arguments
+        elif arguments is not None:
+            parts.pieces.append(raw)
 
     def _new_tool(self, call_id: str, name: str) -> ToolParts:
         if len(self._tools) >= TOOL_REQUESTS_MAX:
@@ -137,9 +145,10 @@ class ReplyParts:
             call_id = parts.call_id
             if not call_id or call_id in requests:
                 call_id = minted_id(self._request, index)
-            raw = "".join(parts.pieces)
             if parts.value is None:
-                requests[call_id] = tool_request_of(call_id, parts.name, raw)
+                requests[call_id] = tool_request_of(call_id, parts.name, "".join(parts.pieces))
             else:
-                requests[call_id] = tool_request_from(call_id, parts.name, parts.value, raw)
+                requests[call_id] = ToolRequest(
+                    clean_text(call_id), clean_text(parts.name), clean_json(parts.value)
+                )
         return tuple(requests.values())

@@ -100,23 +100,24 @@ def _direct(play: _Play, verb: str, text: str, at: int) -> int:
 
 def _simple(verb: str, words: str, play: _Play) -> dict[str, object]:
     numbers = [int(word) for word in words.split() if word.isdigit()]
+    settings = _PLAIN.get(verb, {})
     match verb:
-        case "unknown":
-            if not play.results:
-                play.tools.append(("no_such_tool", "{}"))
-            return {}
+        case "unknown" if not play.results:
+            play.tools.append(("no_such_tool", "{}"))
         case "429":
-            limited = play.attempt <= (numbers[0] if numbers else 1)
-            return {"status": 429, "retry_after_s": (numbers + [1, 1])[1]} if limited else {}
+            attempts, seconds = (*numbers, 1, 1)[:2] if numbers else (1, 1)
+            settings = {"status": 429, "retry_after_s": seconds} if play.attempt <= attempts else {}
         case "status":
-            return {"status": numbers[0]}
+            settings = {"status": numbers[0]}
         case "slow":
-            return {"slow_s": numbers[0] / 1000}
+            settings = {"slow_s": numbers[0] / 1000}
         case "say":
-            return {"text": words}
+            settings = {"text": words}
         case "truncate" | "reset":
-            return {"cut": verb}
-    return _PLAIN.get(verb, {})
+            settings = {"cut": verb}
+        case _:
+            pass
+    return settings
 
 
 _PLAIN: dict[str, dict[str, object]] = {

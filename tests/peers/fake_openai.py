@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import socket
 import struct
@@ -23,7 +24,7 @@ from typing import Any, Self
 
 import orjson
 
-from tests.peers import ANSWER, CACHED_TOKENS, INPUT_TOKENS, OUTPUT_TOKENS, Scene, pieces_of, scene_of
+from tests.peers import CACHED_TOKENS, INPUT_TOKENS, OUTPUT_TOKENS, Scene, pieces_of, scene_of
 
 MODEL = "fake-model"
 RECEIVED_MAX = 1_000
@@ -244,10 +245,12 @@ class _Connection(asyncio.Protocol):
             await self._play_stream(scene)
         else:
             body = scene.body or _whole(scene)
+            if scene.cut == "truncate":
+                body = body[: len(body) // 2]
             whole = _answer(200, body)
-            self._transport.write(whole[: -len(body) // 2] if scene.cut else whole)
-            if scene.cut:
-                await self._cut(scene.cut)
+            self._transport.write(whole[:-10] if scene.cut == "reset" else whole)
+            if scene.cut == "reset":
+                await self._reset()
 
     async def _play_stream(self, scene: Scene) -> None:
         write = self._transport.write
@@ -265,22 +268,19 @@ class _Connection(asyncio.Protocol):
             if scene.pause and number == 1:
                 await self._peer.resume.wait()
             if scene.cut and number == 2:
-                if scene.cut == "truncate":
-                    write(_LAST_CHUNK)
-                else:
-                    await self._cut("reset")
-                return
-        write(_LAST_CHUNK)
-
-    async def _cut(self, how: str) -> None:
-        await asyncio.sleep(0)
-        if how == "reset":
-            # Lingering for no time makes the kernel send RST instead of FIN.
-            connection = self._transport.get_extra_info("socket")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self._transport.abort()
+                break
+        if scene.cut == "reset":
+            await self._reset()
         else:
-            self._transport.close()
+            write(_LAST_CHUNK)
+
+    async def _reset(self) -> None:
+        # One round of the loop, so that what was written leaves before the connection does.
+        await asyncio.sleep(0)
+        # Lingering for no time makes the kernel send RST instead of FIN.
+        connection = self._transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._transport.abort()
 
 
 def _headers(head: bytes) -> dict[str, str]:
@@ -306,10 +306,8 @@ def main() -> None:
     parser.add_argument("--script", type=Path)
     options = parser.parse_args()
     script = json.loads(options.script.read_text()) if options.script else {}
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve(options.port, options.delay_ms / 1000, script))
-    except KeyboardInterrupt:
-        pass
 
 
 if __name__ == "__main__":
