@@ -36,6 +36,7 @@ class Root(BaseAggregate[UUID]):
         state = twin.__dict__
         for name, value in self.__dict__.items():
             state[name] = value.copy() if type(value) in (dict, list, set) else value
+        twin._pending_events = []  # what the original has decided is the original's to record
         return twin
 
 

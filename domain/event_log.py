@@ -167,5 +167,13 @@ class EventLog(Protocol):
     async def next_due_at(self) -> datetime | None:
         """When the next work is due, if any waits."""
 
+    # --- how far a reader of the log has come
+
+    async def cursor(self, reader: str) -> dict[int, int]:
+        """The positions a reader has saved, by shard; empty for a new reader."""
+
+    async def save_cursor(self, reader: str, positions: Mapping[int, int]) -> None:
+        """Remember how far a reader has come; a position never goes back."""
+
 
 SYNC_EVENTS_MAX = 2_000

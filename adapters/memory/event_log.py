@@ -55,6 +55,7 @@ class MemoryEventLog:
         self._commands: dict[tuple[int, UUID], CommandRow] = {}
         self._due: dict[tuple[int, UUID], _Due] = {}
         self._beats: dict[str, datetime] = {}
+        self._cursors: dict[str, dict[int, int]] = {}
 
     # --- writing
 
@@ -187,6 +188,16 @@ class MemoryEventLog:
             return False
         earlier_life = claimed_by.partition("/")[0] == worker.partition("/")[0]
         return earlier_life or self._beats.get(claimed_by, _LONG_AGO) < silent_since
+
+    # --- how far a reader of the log has come
+
+    async def cursor(self, reader: str) -> dict[int, int]:
+        return dict(self._cursors.get(reader, {}))
+
+    async def save_cursor(self, reader: str, positions: Mapping[int, int]) -> None:
+        saved = self._cursors.setdefault(reader, {})
+        for shard, position in positions.items():
+            saved[shard] = max(position, saved.get(shard, 0))
 
 
 class _Locked:

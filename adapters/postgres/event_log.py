@@ -103,6 +103,10 @@ _CLAIM_DUE = """
     UPDATE due SET due_at = %b WHERE shard = %b AND id = %b AND claimed_by = %b AND due_at <> %b
            AND (due_at <= clock_timestamp() OR claimed_by <> '') RETURNING 1
 """
+_SAVE_CURSOR = """
+    INSERT INTO reader SELECT %b, c.* FROM unnest(%b, %b) c(shard, position)
+        ON CONFLICT (reader, shard) DO UPDATE SET position = greatest(reader.position, excluded.position)
+"""
 _NEXT_DUE = "SELECT min(due_at) FROM due"
 
 
@@ -210,6 +214,16 @@ class PostgresEventLog:
     async def next_due_at(self) -> datetime | None:
         """As in `EventLog`."""
         return cast(datetime | None, (await self._fetch(_NEXT_DUE, ()))[0][0])
+
+    async def cursor(self, reader: str) -> dict[int, int]:
+        """As in `EventLog`."""
+        return dict(await self._fetch("SELECT shard, position FROM reader WHERE reader = %b", (reader,)))
+
+    async def save_cursor(self, reader: str, positions: Mapping[int, int]) -> None:
+        """As in `EventLog`."""
+        arguments = (reader, smallints(list(positions)), bigints(list(positions.values())))
+        async with self._reader() as connection:
+            await connection.execute(_SAVE_CURSOR, arguments)
 
     # --- inside
 

@@ -65,6 +65,14 @@ CREATE TABLE IF NOT EXISTS worker (
     beat_at timestamptz NOT NULL
 ) WITH (fillfactor = 50);
 
+-- How far readers of the log have come, one row for each shard they have seen anything of.
+CREATE TABLE IF NOT EXISTS reader (
+    reader   text     NOT NULL,
+    shard    smallint NOT NULL,
+    position bigint   NOT NULL,
+    PRIMARY KEY (reader, shard)
+) WITH (fillfactor = 30);
+
 -- One append. Positions in `e_position` follow `p_heads`; if a head has moved, nothing is written.
 -- Shards are locked in ascending order, so that two appends cannot deadlock.
 CREATE OR REPLACE FUNCTION append(

@@ -1,0 +1,41 @@
+"""Places where tests kill the process, to prove that nothing is lost between any two steps.
+
+Armed only by `arm`, which only the test programs call; unarmed, a point costs one comparison.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+POINTS = (
+    "command.before_append",
+    "command.after_append",
+    "turn.claimed",
+    "model.answered",
+    "turn.recorded",
+    "tool.claimed",
+    "tool.ran",
+    "tool.recorded",
+    "debit.before",
+    "debit.after",
+    "projection.before_commit",
+    "projection.after_commit",
+    "cursor.saved",
+)
+_armed: dict[str, int] = {}
+
+
+def arm(point: str, visit: int = 1) -> None:
+    """Die with SIGKILL when `point` is reached for the `visit`-th time."""
+    if point not in POINTS:
+        raise ValueError(f"unknown crash point {point!r}; known: {', '.join(POINTS)}")
+    _armed[point] = visit
+
+
+def crash_point(point: str) -> None:
+    """Here a process may die."""
+    if _armed and point in _armed:
+        _armed[point] -= 1
+        if _armed[point] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,232 @@
+"""Turns are run: context, model, tools, model again, until there is an answer.
+
+Reads `Turn.Accepted`, `Conversation.TurnActivated`, `Turn.ToolCalled` and what ends a turn; asks for `StartModelCall`,
+`CompleteModelCall` and their kin. Safe to replay: what a turn needs next follows from its events alone, and the claim
+is decided under the log's lock.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import partial
+from hashlib import sha256
+
+from commands.turn import AbandonModelCall, CompleteModelCall, EndOverdueTurn, FailModelCall, StartModelCall
+from domain.agent import Agent
+from domain.conversation import Conversation
+from domain.crash_points import crash_point
+from domain.errors import Refusal
+from domain.ids import TurnId, UserId, derived
+from domain.ports import (
+    Effect,
+    ModelErrorClass,
+    ModelFault,
+    ModelReply,
+    ModelRequest,
+    Tool,
+    ToolRequest,
+    ToolSpec,
+)
+from domain.prompt import digest_of, messages_of
+from domain.turn import Answer, AskedTool, AskModel, GiveUp, RunTools, Turn, call_of, next_action
+from schemas.records import AnyRecord
+from stream_processors.processor import Processor, Work
+from stream_processors.tool_calls import run_tool
+
+agent_turns = Processor("agent_turns")
+
+
+@agent_turns.on(Turn.Accepted)
+async def accepted(record: AnyRecord, work: Work) -> None:
+    if not record.event.queued and not record.event.invoked:
+        await step(TurnId(record.stream_id), UserId(record.tenant_id), work)
+
+
+@agent_turns.on(Conversation.TurnActivated)
+async def activated(record: AnyRecord, work: Work) -> None:
+    await step(record.event.turn_id, UserId(record.tenant_id), work)
+
+
+@agent_turns.on(Turn.ToolCalled, Turn.ToolCallOutcomeUnknown)
+async def tool_called(record: AnyRecord, work: Work) -> None:
+    await step(TurnId(record.stream_id), UserId(record.tenant_id), work)
+
+
+@agent_turns.on(Turn.ModelCallFailed)
+async def model_call_failed(record: AnyRecord, work: Work) -> None:
+    if record.event.retry_at is not None:
+        work.retry_at(record.event.retry_at)
+
+
+@agent_turns.on(Turn.Cancelled, Turn.TimedOut)
+async def ended_early(record: AnyRecord, work: Work) -> None:
+    work.stop_turn(record.stream_id)
+
+
+async def step(turn_id: TurnId, tenant_id: UserId, work: Work) -> None:
+    """Do what the turn needs next, if it is ours to do."""
+    if turn_id in work.running:
+        return
+    try:
+        turn = await work.bus.read(Turn, turn_id, tenant_id)
+        now = work.clock()
+        match next_action(turn, now):
+            case AskModel(not_before=at) as action if at is None or at <= now:
+                await _ask_model(turn, action, work)
+            case RunTools(tool_call_ids):
+                for tool_call_id in tool_call_ids:
+                    await run_tool(turn_id, tool_call_id, tenant_id, work)
+            case GiveUp() | Answer():
+                ending = EndOverdueTurn(tenant_id=tenant_id, turn_id=turn_id)
+                await work.ask(ending, derived(turn_id, "end_overdue", turn.version), turn_id)
+            case _:
+                pass  # somebody is at it, or it is over, or its time has not come
+    except Refusal:
+        pass  # somebody else was faster; what they did has its own records
+
+
+async def abandon(turn_id: TurnId, tenant_id: UserId, lost_worker: str, work: Work) -> None:
+    """Take the turn from a worker that is gone, or hopelessly late, and go on with it."""
+    late = lost_worker == work.worker
+    if late:
+        work.stop(turn_id)
+    error_class = ModelErrorClass.TIMEOUT if late else ModelErrorClass.WORKER_LOST
+    command = AbandonModelCall(
+        tenant_id=tenant_id, turn_id=turn_id, lost_worker=lost_worker, error_class=error_class
+    )
+    try:
+        turn = await work.bus.read(Turn, turn_id, tenant_id)
+        await work.ask(command, derived(turn_id, "abandon", turn.version, work.worker), turn_id)
+    except Refusal:
+        pass  # it was not at a model call, or has just recorded its end
+    await step(turn_id, tenant_id, work)
+
+
+async def _ask_model(turn: Turn, action: AskModel, work: Work) -> None:
+    agent = await work.bus.read(Agent, turn.agent_id, turn.owner_id)
+    model_id, settings = agent.settings_at(turn.config_version)
+    card = await work.models.resolve(model_id)
+    tools = work.toolbox.offered(agent, settings) if action.with_tools and card and card.tools else {}
+    history_messages = settings.max_history_messages if settings.use_memory else 0
+    past = await work.history.before(turn, history_messages)
+    messages = messages_of(past.exchanges, past.question, turn, history_messages)
+    await work.model_slots.acquire()
+    claimed = False
+    try:
+        now = work.clock()
+        deadline_at = min(now + timedelta(seconds=work.model_timeout_s), turn.limits.deadline_at)
+        start = StartModelCall(
+            tenant_id=turn.owner_id,
+            turn_id=turn.turn_id,
+            action=action,
+            provider=card.provider if card else "none",
+            model=card.name if card else f"model {model_id}",
+            worker=work.worker,
+            deadline_at=deadline_at,
+            history_versions=past.versions,
+            history_count=len(past.exchanges) * 2,
+            prompt_digest=digest_of(settings.system_prompt, messages),
+            tools_offered=tuple(tools),
+        )
+        command_id = derived(turn.id, "ask", action.iteration, action.attempt, work.worker)
+        outcome = await work.ask(start, command_id, turn.id)
+        claimed = not outcome.seen
+        crash_point("turn.claimed")
+    finally:
+        if not claimed:
+            work.model_slots.release()
+    if claimed:
+        request = ModelRequest(
+            model=card.name if card else "",
+            system=settings.system_prompt,
+            messages=messages,
+            tools=tuple(ToolSpec(tool.name, tool.description, tool.parameters) for tool in tools.values()),
+            max_output_tokens=settings.max_output_tokens,
+            temperature=settings.temperature,
+            timeout_s=max(0.001, (deadline_at - now).total_seconds()),
+            idempotency_key=str(call_of(turn.id, action.iteration)),
+        )
+        work.spawn(turn.id, turn.id, _converse(turn, action, request, tools, work))
+
+
+async def _converse(
+    turn: Turn, action: AskModel, request: ModelRequest, tools: Mapping[str, Tool], work: Work
+) -> None:
+    """Ask the model and record what came of it. Ours alone: the call was claimed."""
+    began = time.monotonic()
+    turn_id, call_id = turn.turn_id, call_of(turn.id, action.iteration)
+    on_text = (
+        partial(work.feed.token, turn_id, action.iteration, action.attempt) if turn.mode == "stream" else None
+    )
+    command: CompleteModelCall | FailModelCall
+    try:
+        reply = await work.models.complete(request.model, request, on_text)
+        _check_said_something(reply, action)
+        crash_point("model.answered")
+        command = CompleteModelCall(
+            tenant_id=turn.owner_id,
+            turn_id=turn_id,
+            call_id=call_id,
+            attempt=action.attempt,
+            text=reply.text,
+            finish_reason=reply.finish_reason,
+            asked=tuple(
+                asked_tool(request_, ordinal, tools) for ordinal, request_ in enumerate(reply.tool_requests)
+            ),
+            usage=reply.usage,
+            latency_ms=int((time.monotonic() - began) * 1000),
+            ttft_ms=reply.ttft_ms,
+        )
+    except ModelFault as fault:
+        command = FailModelCall(
+            tenant_id=turn.owner_id,
+            turn_id=turn_id,
+            call_id=call_id,
+            attempt=action.attempt,
+            error_class=fault.error_class,
+            sentence=str(fault),
+            retry_after_s=fault.retry_after_s,
+        )
+    finally:
+        work.model_slots.release()
+        # What the recorded reply sets off may come to this worker at once.
+        work.running.pop(turn_id, None)
+    command_id = derived(turn_id, "asked", action.iteration, action.attempt, work.worker)
+    try:
+        await work.persist(command, command_id, turn_id, turn.limits.deadline_at)
+        crash_point("turn.recorded")
+    except Refusal:
+        pass  # the turn was cancelled, timed out or taken over meanwhile
+
+
+def _check_said_something(reply: ModelReply, action: AskModel) -> None:
+    silent = not reply.text.strip() and not reply.tool_requests
+    if silent and action.with_tools and reply.finish_reason == "stop":
+        raise ModelFault(ModelErrorClass.GARBAGE, "The model answered with nothing.")
+
+
+def asked_tool(request: ToolRequest, ordinal: int, tools: Mapping[str, Tool]) -> AskedTool:
+    """What the model wants, checked against the tools it was offered."""
+    tool = tools.get(request.name)
+    arguments = request.arguments
+    refusal = None
+    if tool is None:
+        names = ", ".join(tools) or "none"
+        refusal = f"There is no tool named {request.name[:64]!r}. Available tools: {names}."
+    elif arguments is None:
+        refusal = f"The arguments of {request.name!r} must be one JSON object."
+    else:
+        refusal = tool.validate(arguments)
+    canonical = json.dumps(arguments if arguments is not None else request.raw, sort_keys=True)
+    return AskedTool(
+        request.id or f"call_{ordinal}",
+        request.name[:64],
+        tool.kind if tool else "builtin",
+        tool.effect if tool else Effect.UNSAFE,
+        arguments or {},
+        sha256(canonical.encode()).hexdigest(),
+        refusal,
+    )

@@ -1,0 +1,161 @@
+"""What a processor is, and what it may use.
+
+A processor is a plain async function `(record, work)`. It returns as soon as what it had to secure is in the log; long
+work goes on in the background of its worker, remembered by a due row rather than by whoever delivered the record. A
+redelivered record finds the work claimed, or done, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
+from uuid import UUID
+
+from commands.bus import Bus, Overloaded
+from commands.command import Command, Outcome
+from domain.agent import Agent
+from domain.configuration import Settings
+from domain.event_log import LogUnavailable
+from domain.ports import Clock, ModelCard, ModelReply, ModelRequest, Tool
+from schemas.records import AnyRecord
+from schemas.turn_feed import TurnFeed
+from stream_processors.history import ConversationHistory
+
+log_of = logging.getLogger(__name__)
+
+MODEL_CALLS_MAX = 256  # under way at once in one worker
+TOOL_CALLS_MAX = 64
+PERSIST_PAUSE_FIRST_S, PERSIST_PAUSE_MAX_S = 0.2, 2.0
+
+
+class Models(Protocol):
+    """The chat models of this server."""
+
+    async def resolve(self, model_id: int) -> ModelCard | None:
+        """The model behind the number that agents are configured with; None when it cannot be reached."""
+
+    async def complete(
+        self, name: str, request: ModelRequest, on_text: Callable[[str], None] | None = None
+    ) -> ModelReply:
+        """As `domain.ports.ChatModel.complete`, for the model `name` (`provider:model`)."""
+
+
+class Toolbox(Protocol):
+    """The tools of this server and of its agents."""
+
+    def offered(self, agent: Agent, settings: Settings) -> Mapping[str, Tool]:
+        """What the agent may use now: enabled, and able to run on this server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A model or tool call of a turn that this worker is at."""
+
+    turn_id: UUID
+    task: asyncio.Task[None]
+
+
+@dataclass(slots=True)
+class Work:
+    """What processors use: one for each worker process."""
+
+    worker: str
+    bus: Bus
+    models: Models
+    toolbox: Toolbox
+    history: ConversationHistory
+    feed: TurnFeed
+    clock: Clock
+    model_timeout_s: float = 60.0
+    model_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MODEL_CALLS_MAX))
+    tool_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(TOOL_CALLS_MAX))
+    running: dict[UUID, Running] = field(default_factory=dict)
+    retry_at: Callable[[datetime], None] = lambda at: None
+
+    @property
+    def actor(self) -> str:
+        """How this worker signs its commands."""
+        return f"worker:{self.worker}"
+
+    async def ask(self, command: Command, command_id: UUID, turn_id: UUID) -> Outcome:
+        """Execute a command of a turn."""
+        return await self.bus.execute(command, by=self.actor, command_id=command_id, correlation_id=turn_id)
+
+    async def persist(self, command: Command, command_id: UUID, turn_id: UUID, until: datetime) -> Outcome:
+        """Execute a command whose facts are too dear to lose: insist while the log cannot be reached."""
+        pause_s = PERSIST_PAUSE_FIRST_S
+        while True:
+            try:
+                return await self.ask(command, command_id, turn_id)
+            except (LogUnavailable, Overloaded):
+                if self.clock() >= until:
+                    raise
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, PERSIST_PAUSE_MAX_S)
+
+    def spawn(self, id: UUID, turn_id: UUID, work: Coroutine[Any, Any, None]) -> None:
+        """Go on with call `id` of a turn in the background; `running` knows it until it lets go of it."""
+        task = asyncio.create_task(work)
+        self.running[id] = Running(turn_id, task)
+        task.add_done_callback(lambda done: self._ended(id, done))
+
+    def stop(self, id: UUID) -> None:
+        """Give up the call, if it is under way here."""
+        running = self.running.pop(id, None)
+        if running is not None:
+            running.task.cancel()
+
+    def stop_turn(self, turn_id: UUID) -> None:
+        """Give up everything under way here for a turn."""
+        for id in [id for id, running in self.running.items() if running.turn_id == turn_id]:
+            self.stop(id)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let what runs come to its end; after `timeout_s` leave the rest to whoever takes over."""
+        tasks = {running.task for running in self.running.values()}
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=timeout_s)
+            for task in late:
+                task.cancel()
+
+    def _ended(self, id: UUID, task: asyncio.Task[None]) -> None:
+        running = self.running.get(id)
+        if running is not None and running.task is task:
+            del self.running[id]
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            # The due row remembers the step; the sweeper takes it up again.
+            log_of.error("work on %s ended with %r", id, failure, exc_info=failure)
+
+
+Handler = Callable[[AnyRecord, Work], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """A named set of handlers by event class; its records may be delivered more than once."""
+
+    name: str
+    handlers: dict[type, Handler] = field(default_factory=dict)
+
+    def on(self, *event_classes: type) -> Callable[[Handler], Handler]:
+        """Declare who handles these events."""
+
+        def declare(handler: Handler) -> Handler:
+            for event_class in event_classes:
+                self.handlers[event_class] = handler
+            return handler
+
+        return declare
+
+
+def handlers_of(processors: Sequence[Processor]) -> dict[type, tuple[Handler, ...]]:
+    """All handlers of each event class."""
+    found: dict[type, tuple[Handler, ...]] = {}
+    for processor in processors:
+        for event_class, handler in processor.handlers.items():
+            found[event_class] = (*found.get(event_class, ()), handler)
+    return found
