@@ -1,0 +1,82 @@
+"""How queries reach Postgres: bounded in time, rows as dataclasses, one named error for trouble with the database."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any, LiteralString, Protocol, TypeVar
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import class_row
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+Connection = psycopg.AsyncConnection[Any]
+Pool = AsyncConnectionPool[Any]
+Deadline = Callable[[Connection, float], AbstractContextManager[None]]
+RowT = TypeVar("RowT")
+
+QUERY_S = 4.0  # what one query may take, connecting included
+PAGE_MAX = 1_000  # rows of one page, whoever asks
+After = tuple[datetime, UUID]  # the sort key of the last row seen
+NEWEST: After = (datetime.max.replace(tzinfo=UTC), UUID(int=2**128 - 1))
+NEWEST_POSITION = 2**63 - 1
+
+
+class ReadSideUnavailable(Exception):
+    """The read models cannot be reached now, or did not answer in time."""
+
+
+class CaughtUp(Protocol):
+    """Waits until the read models show an event; False when they did not within `timeout_s`."""
+
+    async def __call__(self, shard: int, position: int, timeout_s: float = 2.0) -> bool: ...
+
+
+class ReadSide:
+    """What queries are given. `deadline` cuts a connection that takes too long."""
+
+    def __init__(self, pool: Pool, deadline: Deadline, caught_up: CaughtUp) -> None:
+        self._pool, self._deadline, self._caught_up = pool, deadline, caught_up
+
+    async def caught_up(self, shard: int, position: int, timeout_s: float = 2.0) -> bool:
+        """Wait until the read models show the event at this position. False when they did not in time."""
+        return await self._caught_up(shard, position, timeout_s)
+
+    async def all(
+        self, row_class: type[RowT], query: LiteralString, arguments: Mapping[str, Any]
+    ) -> list[RowT]:
+        """The rows of a query; its columns are named like the fields of `row_class`."""
+        async with self._connection() as connection:
+            cursor = connection.cursor(row_factory=class_row(row_class))
+            await cursor.execute(query, arguments)
+            return await cursor.fetchall()
+
+    async def one(
+        self, row_class: type[RowT], query: LiteralString, arguments: Mapping[str, Any]
+    ) -> RowT | None:
+        """The first row of a query, if it has any."""
+        found = await self.all(row_class, query, arguments)
+        return found[0] if found else None
+
+    async def rows(self, query: LiteralString, arguments: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        """The rows of a query as tuples."""
+        async with self._connection() as connection:
+            cursor = await connection.execute(query, arguments)
+            return await cursor.fetchall()
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        try:
+            async with self._pool.connection(timeout=QUERY_S) as connection:
+                with self._deadline(connection, QUERY_S):
+                    yield connection
+        except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, OSError) as failure:
+            raise ReadSideUnavailable(str(failure)) from failure
+
+
+def page(limit: int, after: After | None) -> dict[str, Any]:
+    """Arguments of a query that is ordered by (created_at, id) descending."""
+    after_at, after_id = after or NEWEST
+    return {"limit": max(1, min(limit, PAGE_MAX)), "after_at": after_at, "after_id": after_id}
