@@ -8,19 +8,14 @@ from collections.abc import Mapping
 
 from yarl import URL
 
+from domain.custom_tool import is_reserved_header
+
 URL_CHARS_MAX = 8_192
 HEADER_COUNT_MAX = 64
 HEADER_CHARS_MAX = 8_000
 BODY_BYTES_MAX = 10_000_000
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
-# Set by this door itself: a caller's value would change whom we talk to or how the message is framed.
-HEADERS_RESERVED = frozenset(
-    {
-        *("host", "content-length", "transfer-encoding", "connection", "keep-alive", "te", "trailer"),
-        *("upgrade", "expect", "accept-encoding", "http2-settings", "forwarded", "via"),
-    }
-)
 # The only headers that follow a redirect to another origin: any other one may carry a secret.
 _HEADERS_HARMLESS = frozenset({"accept", "accept-language", "content-type", "user-agent"})
 
@@ -94,7 +89,9 @@ def header_fault(name: str, value: str) -> str | None:
     """Why a header may not be sent, None when it may."""
     if not _HEADER_NAME.fullmatch(name):
         return "is not the name of an HTTP header"
-    if name.lower() in HEADERS_RESERVED or name.lower().startswith("proxy-"):
+    if is_reserved_header(
+        name
+    ):  # A caller's value would change whom we talk to or how the message is framed.
         return "is set by the server itself"
     if not _HEADER_VALUE.fullmatch(value):
         return "has a value with line breaks or characters that HTTP does not carry"
