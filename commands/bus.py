@@ -107,7 +107,7 @@ class Bus:
         clock: Clock = lambda: datetime.now(UTC),
         on_commit: Committed = lambda records: None,
     ) -> None:
-        self._log, self._records, self._rules, self._clock = log, records, rules, clock
+        self._log, self._records, self.rules, self._clock = log, records, rules, clock
         self.on_commit = on_commit
         self._queue: deque[Waiting] = deque()
         self._by_id: dict[CommandId, Waiting] = {}
@@ -313,7 +313,7 @@ class Bus:
 
         command = waiting.command
         write = WriteSide(
-            known, self._rules, now, waiting.command_id, waiting.actor, waiting.shard, command.tenant_id
+            known, self.rules, now, waiting.command_id, waiting.actor, waiting.shard, command.tenant_id
         )
         try:
             result = HANDLERS[type(command)](command, write) or {}

@@ -1,0 +1,225 @@
+"""The composition root: from settings to a running platform. Nothing else knows which adapters there are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+from projections.catalogue import PROJECTIONS
+from projections.runner import ProjectionRunner
+from psycopg_pool import AsyncConnectionPool
+
+from adapters.api_keys import HmacApiKeys
+from adapters.crypto import derive
+from adapters.egress.client import EgressClient
+from adapters.memory.turn_feed import MemoryTurnFeed
+from adapters.object_stores.files import FileObjectStore
+from adapters.passwords import Argon2Passwords
+from adapters.postgres import identity, key_ring, vault
+from adapters.postgres.embedded import embedded_postgres
+from adapters.postgres.event_log import PostgresEventLog, run_script
+from adapters.postgres.pool import deadline, open_pool
+from adapters.tools.catalogue import ToolCatalogue
+from adapters.tools.svg_diagram import svg_diagram
+from adapters.tools.url_resolver import url_resolver
+from adapters.tools.web_search import SearchServices, web_search
+from api.server import Check, Limits, Server
+from commands.bus import Bus
+from commands.command import Rules
+from domain.event_log import LogUnavailable
+from oshaani import __version__
+from oshaani.models import NumberedModels, model_registry
+from oshaani.processor_host import ProcessorHost
+from oshaani.settings import Settings, master_key
+from oshaani.toolbox import OwnersToolbox, ServerToolbox
+from projections.read_side import ReadSide
+from schemas.records import AnyRecord, Records
+from stream_processors.agent_turns import agent_turns
+from stream_processors.credit_debits import credit_debits
+from stream_processors.history import ConversationHistory
+from stream_processors.processor import Work
+from stream_processors.sweeper import Sweeper
+from stream_processors.tool_calls import tool_calls
+
+Pool = AsyncConnectionPool[Any]
+
+READ_CONNECTIONS = 4
+PROCESSORS = (agent_turns, tool_calls, credit_debits)
+LAG_MAX = 5_000  # events the read models may be behind and the server still be called ready
+_SEQUENCE = "CREATE SEQUENCE IF NOT EXISTS agent_number"
+
+
+def utc_now() -> datetime:
+    """The clock of this machine."""
+    return datetime.now(UTC)
+
+
+@dataclass(slots=True)
+class Core:
+    """The write side and its surroundings: what every process has, whatever its role."""
+
+    settings: Settings
+    dsn: str
+    pool: Pool
+    log: PostgresEventLog
+    records: Records
+    key_ring: key_ring.PostgresKeyRing
+    vault: vault.PostgresVault
+    bus: Bus
+    projector: ProjectionRunner
+    db: ReadSide
+    pepper: bytes
+
+
+@dataclass(slots=True)
+class Platform:
+    """Everything in one process."""
+
+    core: Core
+    feed: MemoryTurnFeed
+    work: Work
+    host: ProcessorHost
+    sweeper: Sweeper
+    server: Server
+
+
+async def migrate(dsn: str) -> None:
+    """Create or bring up to date everything in the database; safe to run again, and by several at once."""
+    await PostgresEventLog(dsn).migrate()
+    await run_script(dsn, "\n".join((key_ring.TABLES, vault.TABLES, identity.TABLES, _SEQUENCE)))
+
+
+@asynccontextmanager
+async def database(settings: Settings) -> AsyncIterator[str]:
+    """The DSN of the configured Postgres, or of the embedded one, which then runs as long as the block."""
+    if settings.database_url is not None:
+        yield settings.database_url
+        return
+    async with embedded_postgres(settings.data_dir) as dsn:
+        yield dsn
+
+
+@asynccontextmanager
+async def core_of(settings: Settings, dsn: str) -> AsyncIterator[Core]:
+    """The core of a process, on a database that `migrate` has prepared."""
+    key = master_key(settings)
+    async with AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(open_pool(dsn, READ_CONNECTIONS))
+        log = PostgresEventLog(dsn)
+        await log.open()
+        stack.push_async_callback(log.close)
+        ring = key_ring.PostgresKeyRing(pool, key)
+        records = Records(ring, FileObjectStore(settings.data_dir / "objects"))
+        rules = Rules(settings.plans, settings.free_credits_ncr, settings.turn_deadline_s)
+        bus = Bus(log, records, rules, utc_now)
+        projector = ProjectionRunner(log, records, pool, deadline, PROJECTIONS)
+        db = ReadSide(pool, deadline, projector.caught_up)
+        pepper = derive(key, "api keys")
+        yield Core(
+            settings,
+            dsn,
+            pool,
+            log,
+            records,
+            ring,
+            vault.PostgresVault(pool, key),
+            bus,
+            projector,
+            db,
+            pepper,
+        )
+
+
+@asynccontextmanager
+async def platform(core: Core) -> AsyncIterator[Platform]:
+    """Processors, tools, models and the HTTP server's needs around a core, all in this process."""
+    settings = core.settings
+    async with AsyncExitStack() as stack:
+        registry = await model_registry(settings)
+        stack.push_async_callback(registry.close)
+        egress = EgressClient(allow=settings.egress_allow, ports=settings.egress_ports)
+        operator_egress = EgressClient(allow=("0.0.0.0/0", "::/0"), ports=range(1, 65536))
+        for client in (egress, operator_egress):
+            stack.push_async_callback(client.close)
+        passwords = Argon2Passwords()
+        stack.push_async_callback(passwords.close)
+        toolbox = ServerToolbox(_catalogue(settings, egress, operator_egress), egress, core.vault)
+        feed = MemoryTurnFeed()
+        history = ConversationHistory(core.log, core.records)
+        work = Work(
+            f"embedded/{uuid4()}",
+            core.bus,
+            registry,
+            toolbox,
+            history,
+            feed,
+            utc_now,
+            settings.model_timeout_s,
+        )
+        host = ProcessorHost(core.log, core.records, PROCESSORS, work)
+
+        def committed(records: Sequence[AnyRecord]) -> None:
+            history.observe(records)
+            feed.publish(records)
+            host.offer(records)
+            core.projector.offer(records)
+
+        core.bus.on_commit = committed
+        server = Server(
+            bus=core.bus,
+            db=core.db,
+            feed=feed,
+            log=core.log,
+            records=core.records,
+            rules=core.bus.rules,
+            clock=utc_now,
+            keys=HmacApiKeys(core.pepper),
+            key_uses=identity.PostgresKeyUses(core.pool),
+            logins=identity.PostgresLogins(core.pool, derive(core.pepper, "e-mail addresses")),
+            sessions=identity.PostgresSessions(core.pool),
+            passwords=passwords,
+            vault=core.vault,
+            models=NumberedModels(registry),
+            toolbox=OwnersToolbox(toolbox),
+            base_url=settings.base_url,
+            signing_key=derive(core.pepper, "cursors"),
+            caught_up=core.projector.caught_up,
+            next_agent_number=lambda: _next_agent_number(core.pool),
+            ready=lambda: _ready(core, host),
+            metrics_token=settings.metrics_token,
+            limits=Limits(session_s=settings.session_days * 86_400.0),
+            version=__version__,
+        )
+        yield Platform(core, feed, work, host, Sweeper(core.log, work), server)
+
+
+def _catalogue(settings: Settings, egress: EgressClient, operator_egress: EgressClient) -> ToolCatalogue:
+    services = SearchServices(settings.tavily_api_key, settings.brave_api_key, settings.searxng_url)
+    return ToolCatalogue(web_search(services, egress, operator_egress), url_resolver(egress), svg_diagram())
+
+
+async def _next_agent_number(pool: Pool) -> int:
+    async with pool.connection() as connection:
+        with deadline(connection):
+            cursor = await connection.execute("SELECT nextval('agent_number')")
+            row = await cursor.fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+async def _ready(core: Core, host: ProcessorHost) -> Sequence[Check]:
+    try:
+        heads = await core.log.heads()
+    except LogUnavailable as failure:
+        return [Check("database", False, str(failure))]
+    lag, waiting = core.projector.lag(heads), host.lag(heads)
+    poisoned = len(host.poisoned)
+    return [
+        Check("database", True),
+        Check("read models", lag <= LAG_MAX, f"{lag} events behind"),
+        Check("processors", poisoned == 0, f"{waiting} records in work, {poisoned} poisoned"),
+    ]
