@@ -114,7 +114,7 @@ class _Completion(msgspec.Struct):
 
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _completion = msgspec.json.Decoder(_Completion)
@@ -275,8 +275,8 @@ class OpenAIWire:
             completion = _completion.decode(data)
         except _MALFORMED as malformed:
             raise fault(ModelErrorClass.GARBAGE, self._label) from malformed
-        if completion.error is not None and bytes(completion.error) != b"null":
-            raise self._fault_of(bytes(completion.error), 500, request, None)
+        if completion.error is not None:
+            raise self._fault_of(completion.error, 500, request, None)
         return completion
 
     def _take(self, content: _Content, parts: ReplyParts, whole: bool) -> FinishReason | None:
@@ -299,14 +299,17 @@ class OpenAIWire:
         return None
 
     async def _refusal(self, response: ClientResponse, request: ModelRequest) -> ModelFault:
-        body = await self._upstream.error_body(response)
-        return self._fault_of(body, response.status, request, retry_after_s(response.headers))
+        try:
+            error = orjson.loads(await self._upstream.error_body(response))
+        except orjson.JSONDecodeError:
+            error = None
+        return self._fault_of(error, response.status, request, retry_after_s(response.headers))
 
     def _fault_of(
-        self, body: bytes, status: int, request: ModelRequest, retry_after: float | None
+        self, error: Any, status: int, request: ModelRequest, retry_after: float | None
     ) -> ModelFault:
-        """The fault an error body and status stand for; a body without a status of its own says it by code."""
-        code, message, own_status = _error_parts(body)
+        """The fault of an error and a status; where the status says nothing of its own, the error's code does."""
+        code, message, own_status = _error_parts(error)
         if status == 500:
             status = own_status or status
         error_class = class_of_status(status, code, message)
@@ -348,12 +351,8 @@ def _usage_of(usage: _Usage | None) -> TokenUsage | None:
     return TokenUsage(prompt - cached, output, cache_read=cached)
 
 
-def _error_parts(body: bytes) -> tuple[str, str, int | None]:
-    """Code, message and status of an error body: `{"error": {...}}`, the inner object alone, or a sentence."""
-    try:
-        error = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return "", "", None
+def _error_parts(error: Any) -> tuple[str, str, int | None]:
+    """Code, message and status of an error: `{"error": {...}}`, the inner object alone, or a sentence."""
     error = error.get("error", error) if isinstance(error, dict) else error
     if isinstance(error, str):
         return "", error, None
