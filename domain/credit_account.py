@@ -102,6 +102,7 @@ class Hold:
 
     amount_ncr: int
     expires_at: datetime
+    extension_ids: frozenset[UUID] = frozenset()
 
 
 class CreditAccount(Root):
@@ -134,6 +135,7 @@ class CreditAccount(Root):
             CreditAccount.Moved.apply(self, aggregate)
             grants = [*aggregate.grants, self.grant]
             aggregate.grants = sorted(grants, key=lambda grant: grant.consumption_order)
+            aggregate.grant_ids.add(self.grant.grant_id)
             if self.grant.kind == "free":
                 aggregate.free_granted = True
 
@@ -163,7 +165,11 @@ class CreditAccount(Root):
         def apply(self, aggregate: CreditAccount) -> None:
             CreditAccount.Moved.apply(self, aggregate)
             hold = aggregate.holds[self.hold_id]
-            aggregate.holds[self.hold_id] = replace(hold, amount_ncr=hold.amount_ncr + self.amount_ncr)
+            aggregate.holds[self.hold_id] = replace(
+                hold,
+                amount_ncr=hold.amount_ncr + self.amount_ncr,
+                extension_ids=hold.extension_ids | {self.extension_id},
+            )
             aggregate._count(self.meter, self.quantity, self.extended_at)
 
     class CreditsSettled(Moved):
@@ -198,6 +204,7 @@ class CreditAccount(Root):
         def apply(self, aggregate: CreditAccount) -> None:
             CreditAccount.Moved.apply(self, aggregate)
             del aggregate.holds[self.hold_id]
+            aggregate.expired_hold_ids.add(self.hold_id)
 
     class LateCharge(Moved):
         """Work that succeeded after its hold had expired: what could be collected, and what could not."""
@@ -212,6 +219,7 @@ class CreditAccount(Root):
 
         def apply(self, aggregate: CreditAccount) -> None:
             CreditAccount.Moved.apply(self, aggregate)
+            aggregate.expired_hold_ids.discard(self.hold_id)
             aggregate._consume(self.slices)
 
     class GrantExpired(Moved):
@@ -251,8 +259,10 @@ class CreditAccount(Root):
         self.plan = plan
         self.available_ncr = 0
         self.held_ncr = 0
-        self.grants: list[Grant] = []
+        self.grants: list[Grant] = []  # with something left, in the order of consumption
+        self.grant_ids: set[UUID] = set()  # of all grants ever: each is given once
         self.holds: dict[UUID, Hold] = {}
+        self.expired_hold_ids: set[UUID] = set()  # whose work may still report
         self.free_granted = False
         self.low_balance_armed = True
         self.counted_on: date | None = None
@@ -285,12 +295,12 @@ class CreditAccount(Root):
         """Give credits. The free grant happens once in the life of an account, other grants once per id."""
         if amount_ncr <= 0:
             raise InvalidValue("/amount", "The amount must be more than 0 credits.")
-        if (kind == "free" and self.free_granted) or any(grant.grant_id == grant_id for grant in self.grants):
+        if (kind == "free" and self.free_granted) or grant_id in self.grant_ids:
             return
         priority = {"free": 0, "promotion": 1}.get(kind, 2)
         grant = Grant(grant_id, kind, priority, granted_at, expires_at, amount_ncr)
         self._move(self.CreditsGranted, ((ISSUED, -amount_ncr), (AVAILABLE, amount_ncr)), grant=grant)
-        self._watch_balance()
+        self._rearm_warning()
 
     def expire_grants(self, now: datetime) -> None:
         """Take back what is left of grants past their expiry, as far as running work has not set it aside."""
@@ -340,7 +350,7 @@ class CreditAccount(Root):
     def extend(
         self, hold_id: HoldId, extension_id: UUID, amount_ncr: int, meter: str, now: datetime, limits: Limits
     ) -> None:
-        """Set more aside for work that grew, for example by a tool call.
+        """Set more aside for work that grew, for example by a tool call; once per `extension_id`.
 
         Raises:
             NotFound: the hold has ended.
@@ -349,6 +359,8 @@ class CreditAccount(Root):
         """
         if hold_id not in self.holds:
             raise NotFound("hold")
+        if extension_id in self.holds[hold_id].extension_ids:
+            return
         self._check_limit(meter, 1, now, limits)
         if amount_ncr > self.available_ncr:
             raise InsufficientCredits(amount_ncr, self.available_ncr)
@@ -364,13 +376,16 @@ class CreditAccount(Root):
         )
 
     def settle(self, hold_id: HoldId, lines: Sequence[ChargeLine], origin: Origin) -> None:
-        """End a hold: charge the lines, give the rest back. A hold that already ended by settlement is left alone.
+        """End a hold: charge the lines, give the rest back. One that has expired is charged late, once.
+
+        A hold that already ended otherwise is left alone.
 
         Raises:
             InvalidValue: the lines cost more than was set aside.
         """
         hold = self.holds.get(hold_id)
         if hold is None:
+            self.charge_late(hold_id, lines, origin)
             return
         cost_ncr = sum(line.amount_ncr for line in lines)
         if cost_ncr > hold.amount_ncr:
@@ -394,7 +409,7 @@ class CreditAccount(Root):
                 released_ncr=rest_ncr,
                 origin=origin,
             )
-        self._watch_balance()
+        self._warn_if_low()
 
     def expire_hold(self, hold_id: HoldId, now: datetime) -> None:
         """Give back what was set aside for work that never reported. Whoever asks has made sure that it is not alive."""
@@ -404,7 +419,12 @@ class CreditAccount(Root):
             self._move(self.HoldExpired, postings, hold_id=hold_id, released_ncr=hold.amount_ncr)
 
     def charge_late(self, hold_id: HoldId, lines: Sequence[ChargeLine], origin: Origin) -> None:
-        """Charge work whose hold had expired: as much as is available, the rest is booked as uncollected."""
+        """Charge work whose hold had expired: as much as is available, the rest is booked as uncollected.
+
+        Once per hold; a hold that did not expire is left alone.
+        """
+        if hold_id not in self.expired_hold_ids or not lines:
+            return
         cost_ncr = sum(line.amount_ncr for line in lines)
         captured_ncr = min(cost_ncr, self.available_ncr)
         uncollected_ncr = cost_ncr - captured_ncr
@@ -418,7 +438,7 @@ class CreditAccount(Root):
             uncollected_ncr=uncollected_ncr,
             origin=origin,
         )
-        self._watch_balance()
+        self._warn_if_low()
 
     def change_plan(self, plan: str) -> None:
         """Another set of limits; balances are untouched."""
@@ -472,12 +492,15 @@ class CreditAccount(Root):
             **facts,
         )
 
-    def _watch_balance(self) -> None:
-        """Warn once per crossing of the threshold, judged on the settled balance."""
+    def _warn_if_low(self) -> None:
+        """Warn once per crossing of the threshold, judged on the settled balance when it is debited."""
         posted_ncr = self.posted_ncr
         if self.low_balance_armed and posted_ncr < LOW_BALANCE_NCR:
             self.trigger_event(self.LowBalanceCrossed, threshold_ncr=LOW_BALANCE_NCR, posted_ncr=posted_ncr)
-        elif (
-            not self.low_balance_armed and posted_ncr * REARM_DENOMINATOR > LOW_BALANCE_NCR * REARM_NUMERATOR
-        ):
+
+    def _rearm_warning(self) -> None:
+        """After a warning, one more is due only when the balance has been well above the threshold."""
+        posted_ncr = self.posted_ncr
+        recovered = posted_ncr * REARM_DENOMINATOR > LOW_BALANCE_NCR * REARM_NUMERATOR
+        if not self.low_balance_armed and recovered:
             self.trigger_event(self.BalanceRecovered, threshold_ncr=LOW_BALANCE_NCR, posted_ncr=posted_ncr)
