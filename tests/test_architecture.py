@@ -1,0 +1,93 @@
+"""The arrows that import-linter cannot draw, and the list of layers that must be the same everywhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+LAYERS = {"domain", "commands", "projections", "stream_processors", "api", "schemas", "adapters", "oshaani"}
+DOMAIN_MAY_IMPORT = {"eventsourcing.domain"}
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+def imported_modules(folder: str) -> Iterator[tuple[str, str]]:
+    """Each file of a layer with each module it imports, also inside functions and type-checking blocks."""
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    yield str(path.relative_to(ROOT)), alias.name
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                yield str(path.relative_to(ROOT)), node.module
+
+
+def test_the_domain_imports_only_the_standard_library_and_the_event_sourcing_domain():
+    foreign = [
+        (path, module)
+        for path, module in imported_modules("domain")
+        if module.split(".")[0] not in sys.stdlib_module_names | {"domain"}
+        and module not in DOMAIN_MAY_IMPORT
+    ]
+    assert foreign == []
+
+
+def test_every_layer_is_linted_typed_and_packed():
+    tools = project()["tool"]
+    wheel = tools["hatch"]["build"]["targets"]["wheel"]
+    assert set(tools["importlinter"]["root_packages"]) == LAYERS
+    assert set(tools["mypy"]["packages"]) == LAYERS
+    assert set(wheel["only-include"]) == LAYERS
+    assert wheel["sources"] == {layer: f"oshaani/_app/{layer}" for layer in LAYERS - {"oshaani"}}
+
+
+def test_every_folder_of_a_layer_is_a_package():
+    bare = {
+        str(path.parent.relative_to(ROOT))
+        for layer in LAYERS
+        for path in (ROOT / layer).rglob("*.py")
+        if not (path.parent / "__init__.py").exists()
+    }
+    assert bare == set()
+
+
+def test_no_installed_distribution_claims_the_name_of_a_layer():
+    claimed = {
+        name: sorted(set(distributions) - {"oshaani"})
+        for name, distributions in packages_distributions().items()
+        if name in LAYERS
+    }
+    assert not any(claimed.values()), claimed
+
+
+def test_dependencies_are_bounded_above():
+    declared = project()["project"]
+    groups = [*declared["optional-dependencies"].values(), *project()["dependency-groups"].values()]
+    everything = [*declared["dependencies"], *(requirement for group in groups for requirement in group)]
+    assert [requirement for requirement in everything if "<" not in requirement] == []
+
+
+def test_the_locks_name_hashes_and_no_address():
+    for lock in ("requirements.lock", "requirements-dev.lock"):
+        text = (ROOT / lock).read_text("utf-8")
+        assert re.findall(r"[a-z]+://\S+", text) == [], lock
+        pinned = re.findall(r"^[a-z0-9][^\s=]*==\S+.*$", text, re.MULTILINE | re.IGNORECASE)
+        assert pinned
+        assert [line for line in pinned if not line.endswith("\\")] == [], lock
+
+
+def test_the_tools_lock_holds_the_programs_lock_at_the_same_versions():
+    runtime, tools = (
+        set(re.findall(r"^[a-zA-Z0-9][^\s=]*==\S+", (ROOT / lock).read_text("utf-8"), re.MULTILINE))
+        for lock in ("requirements.lock", "requirements-dev.lock")
+    )
+    assert runtime - tools == set()
