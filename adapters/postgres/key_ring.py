@@ -5,10 +5,10 @@ A destroyed key leaves a row without a key for ever, so that its subject can nev
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import LiteralString
 from uuid import UUID
@@ -19,6 +19,7 @@ from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool
 
 from adapters.crypto import MasterKey, new_key, seal, unseal
+from adapters.postgres.pool import deadline
 from domain.ports import KeyNotLoaded, SubjectErased
 
 TABLES = """
@@ -58,6 +59,14 @@ class KeyTable:
 
 
 DATA_KEYS = KeyTable("data_key", "subject_id")
+
+
+@asynccontextmanager
+async def connected(pool: Pool) -> AsyncIterator[AsyncConnection[TupleRow]]:
+    """A connection of the pool, cut when the block takes longer than DATABASE_TIMEOUT_S."""
+    async with pool.connection(timeout=DATABASE_TIMEOUT_S) as connection:
+        with deadline(connection, DATABASE_TIMEOUT_S):
+            yield connection
 
 
 class PostgresKeyRing:
@@ -102,7 +111,7 @@ class PostgresKeyRing:
         return None if cipher is None else unseal(cipher, sealed, aad)
 
     async def destroy(self, subject_id: UUID) -> None:
-        async with asyncio.timeout(DATABASE_TIMEOUT_S), self._pool.connection() as connection:
+        async with connected(self._pool) as connection:
             await connection.execute(
                 "INSERT INTO data_key (subject_id, destroyed_at) VALUES (%s, clock_timestamp())"
                 " ON CONFLICT (subject_id) DO UPDATE SET wrapped = NULL, destroyed_at = clock_timestamp()"
@@ -149,13 +158,12 @@ async def ensure_keys(
     """
     missing = sorted(row_ids)  # Sorted, so that two callers wait for each other and never in a circle.
     keys: dict[UUID, bytes | None] = {}
-    async with asyncio.timeout(DATABASE_TIMEOUT_S):
-        for _ in range(_ENSURE_ATTEMPT_COUNT):
-            for row_id, wrapped in await _insert_and_read(pool, table, missing, master):
-                keys[row_id] = None if wrapped is None else master.unwrap(bytes(wrapped), table.aad(row_id))
-            missing = [row_id for row_id in missing if row_id not in keys]
-            if not missing:
-                return keys
+    for _ in range(_ENSURE_ATTEMPT_COUNT):
+        for row_id, wrapped in await _insert_and_read(pool, table, missing, master):
+            keys[row_id] = None if wrapped is None else master.unwrap(bytes(wrapped), table.aad(row_id))
+        missing = [row_id for row_id in missing if row_id not in keys]
+        if not missing:
+            return keys
     raise RuntimeError(f"{len(missing)} rows of {table.name} neither insertable nor readable")
 
 
@@ -163,7 +171,7 @@ async def _insert_and_read(
     pool: Pool, table: KeyTable, row_ids: list[UUID], master: MasterKey
 ) -> list[tuple[UUID, bytes | None]]:
     proposed = [master.wrap(new_key(), table.aad(row_id)) for row_id in row_ids]
-    async with pool.connection() as connection:
+    async with connected(pool) as connection:
         cursor = await connection.execute(
             table.query("""
             WITH made AS (
@@ -196,7 +204,7 @@ async def rewrap(pool: Pool, old: bytes, new: bytes, table: KeyTable = DATA_KEYS
 
 
 async def _read_batch(pool: Pool, table: KeyTable, after: UUID) -> WrappedKeys:
-    async with asyncio.timeout(DATABASE_TIMEOUT_S), pool.connection() as connection:
+    async with connected(pool) as connection:
         cursor = await connection.execute(
             table.query("""
             SELECT {id}, wrapped FROM {table}
@@ -213,7 +221,7 @@ async def _rewrap_batch(pool: Pool, table: KeyTable, rows: WrappedKeys, master: 
     new = [
         master.wrap(master.unwrap(wrapped, table.aad(row_id)), table.aad(row_id)) for row_id, wrapped in old
     ]
-    async with asyncio.timeout(DATABASE_TIMEOUT_S), pool.connection() as connection:
+    async with connected(pool) as connection:
         # Compared with what was read: a key destroyed meanwhile must stay destroyed.
         cursor = await connection.execute(
             table.query("""

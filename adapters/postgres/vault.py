@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
 from uuid import UUID, uuid4
@@ -11,7 +10,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from adapters.crypto import MasterKey, seal, unseal
 from adapters.postgres import key_ring
-from adapters.postgres.key_ring import DATABASE_TIMEOUT_S, KeyTable, Pool, ensure_keys
+from adapters.postgres.key_ring import KeyTable, Pool, connected, ensure_keys
 from adapters.vault import checked_secret, secret_aad, secret_id_of, secret_ref_of
 
 TABLES = """
@@ -47,7 +46,7 @@ class PostgresVault:
         cipher = await self._cipher(tenant_id)
         new_id = uuid4()
         sealed = seal(cipher, plaintext, secret_aad(tenant_id, new_id))
-        async with asyncio.timeout(DATABASE_TIMEOUT_S), self._pool.connection() as connection:
+        async with connected(self._pool) as connection, connection.transaction():
             # Names the row, and locks it until the end of the transaction: what is sealed is bound to its id.
             cursor = await connection.execute(
                 "INSERT INTO vault_secret (secret_id, tenant_id, name, sealed) VALUES (%s, %s, %s, %s)"
@@ -69,7 +68,7 @@ class PostgresVault:
         secret_id = secret_id_of(secret_ref)
         if secret_id is None:
             return None
-        async with asyncio.timeout(DATABASE_TIMEOUT_S), self._pool.connection() as connection:
+        async with connected(self._pool) as connection:
             cursor = await connection.execute(
                 "SELECT sealed FROM vault_secret WHERE tenant_id = %s AND secret_id = %s",
                 [tenant_id, secret_id],
@@ -84,7 +83,7 @@ class PostgresVault:
         secret_id = secret_id_of(secret_ref)
         if secret_id is None:
             return
-        async with asyncio.timeout(DATABASE_TIMEOUT_S), self._pool.connection() as connection:
+        async with connected(self._pool) as connection:
             await connection.execute(
                 "DELETE FROM vault_secret WHERE tenant_id = %s AND secret_id = %s", [tenant_id, secret_id]
             )

@@ -13,7 +13,7 @@ from urllib.parse import quote, quote_plus, unquote, urlencode, urlsplit
 import orjson
 
 from adapters.tools.http_answers import check_status, status_text, text_of
-from adapters.tools.json_schema import ArgumentsSchema
+from adapters.tools.json_schema import ArgumentsSchema, schema_fault
 from adapters.tools.texts import decoded, result_text
 from domain.custom_tool import TIMEOUT_S_DEFAULT, placeholders, validate_definition
 from domain.ports import (
@@ -32,6 +32,7 @@ ANSWER_BYTES_MAX = 1_000_000
 ERROR_DETAIL_CHARS_MAX = 500
 SECRET_CHARS_MIN = 4  # Shorter words would be blanked out of ordinary text.
 BLANK = "[secret]"
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 _IN_QUERY = frozenset({"GET", "DELETE"})
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
@@ -43,29 +44,27 @@ class CustomHttpTool:
     kind: ToolKind = "custom"
 
     def __init__(self, definition: Mapping[str, Any], egress: Egress, vault: Vault) -> None:
-        """Raises ValueError for a definition that was not checked, BadSchema for parameters nobody can check."""
         if faults := validate_definition(definition):
             raise ValueError(f"{faults[0].pointer}: {faults[0].message}")
         self.name: str = definition["name"]
         self.description: str = definition["description"]
-        self.parameters: Mapping[str, Any] = definition.get("parameters") or {
-            "type": "object",
-            "properties": {},
-        }
+        self.parameters: Mapping[str, Any] = definition.get("parameters", NO_PARAMETERS)
         self.timeout_s = float(definition.get("timeout_s", TIMEOUT_S_DEFAULT))
         self._method: str = definition["method"]
         self._url: str = definition["url"]
         self._headers: Mapping[str, Any] = definition.get("headers") or {}
         self.effect = _effect_of(self._method, bool(definition.get("idempotent", False)))
-        self._schema = ArgumentsSchema(self.parameters)
+        # Other tools of the agent must not suffer from parameters that nobody can check.
+        self._missing = schema_fault(self.parameters)
+        self._schema = ArgumentsSchema(NO_PARAMETERS if self._missing else self.parameters)
         self._egress = egress
         self._vault = vault
 
     def missing(self) -> str | None:
-        return None
+        return self._missing and f"Change the tool's parameters: they are {self._missing}."
 
     def validate(self, arguments: Mapping[str, Any]) -> str | None:
-        return self._schema.fault(arguments)
+        return self.missing() or self._schema.fault(arguments)
 
     async def run(self, arguments: Mapping[str, Any], context: ToolContext) -> ToolResult:
         if fault := self.validate(arguments):

@@ -13,9 +13,9 @@ from adapters.crypto import NotAuthentic, UnknownMasterKey
 from adapters.memory.key_ring import MemoryKeyRing
 from adapters.postgres.key_ring import Pool, PostgresKeyRing, rewrap
 from domain.ports import KeyNotLoaded, KeyRing, SubjectErased
-from tests.peers.secret_tables import server_uri, tables
+from tests.peers.secret_tables import tables
 
-__all__ = ["server_uri", "tables"]
+__all__ = ["tables"]
 
 MASTER_KEY = bytes(range(32))
 NEW_MASTER_KEY = bytes(range(32, 64))

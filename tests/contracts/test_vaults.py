@@ -13,9 +13,9 @@ from adapters.postgres.key_ring import Pool
 from adapters.postgres.vault import PostgresVault, rewrap
 from adapters.vault import SECRET_CHARS_MAX
 from domain.ports import Vault
-from tests.peers.secret_tables import server_uri, tables
+from tests.peers.secret_tables import tables
 
-__all__ = ["server_uri", "tables"]
+__all__ = ["tables"]
 
 MASTER_KEY = bytes(range(32))
 NEW_MASTER_KEY = bytes(range(32, 64))

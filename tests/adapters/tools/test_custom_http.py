@@ -11,7 +11,7 @@ from aiohttp import web
 from adapters.egress.client import DENIED_SENTENCE, EgressClient
 from adapters.memory.vault import MemoryVault
 from adapters.tools.custom_http import CustomHttpTool
-from adapters.tools.json_schema import BadSchema, schema_fault
+from adapters.tools.json_schema import schema_fault
 from domain.ports import Effect, ToolFailed
 from tests.adapters.tools.calls import TENANT_ID, context, failure_of, result_of
 from tests.peers.web import WebPeer
@@ -238,8 +238,18 @@ async def test_an_answer_without_text_is_refused_and_an_empty_one_is_not(
 def test_a_definition_that_was_not_checked_is_refused(workshop: Workshop) -> None:
     with pytest.raises(ValueError, match="/method"):
         workshop.tool(method="TRACE")
-    with pytest.raises(BadSchema):
-        workshop.tool(parameters={**PARAMETERS, "patternProperties": {"(": {}}})
+
+
+async def test_parameters_that_nobody_can_check_make_the_tool_unavailable(
+    workshop: Workshop, peer: WebPeer
+) -> None:
+    tool = workshop.tool(parameters={**PARAMETERS, "patternProperties": {"(": {}}})
+    missing = tool.missing()
+    assert missing is not None
+    assert missing.startswith("Change the tool's parameters")
+    assert str(await failure_of(tool, city="Rome")) == missing
+    assert workshop.tool().missing() is None
+    assert peer.seen == []
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ async def test_without_a_service_the_tool_says_which_setting_to_set(egress: Egre
     tool = web_search(SearchServices(), egress, egress)
     missing = tool.missing()
     assert missing is not None
-    assert "OSHAANI_SEARCH_TAVILY_KEY" in missing
+    assert "OSHAANI_SEARCH_TAVILY_API_KEY" in missing
     assert str(await failure_of(tool, query="tea")) == missing
 
 
