@@ -32,12 +32,14 @@ from commands.command import (
 from domain.aggregate import Root
 from domain.errors import NotFound, Refusal
 from domain.event_log import (
+    STREAM_EVENTS_MAX,
     Batch,
     CommandRow,
     CommandSeen,
     EventLog,
     HeadMoved,
     LogUnavailable,
+    Snapshot,
     StoredEvent,
     Streams,
     Synced,
@@ -45,6 +47,7 @@ from domain.event_log import (
 from domain.ids import CommandId, UserId, shard_of
 from domain.ports import Clock
 from domain.turn import Turn
+from schemas import snapshots
 from schemas.codec import decode_json, encode_json
 from schemas.records import AnyRecord, Records, record_of
 
@@ -112,6 +115,7 @@ class Bus:
         self._queue: deque[Waiting] = deque()
         self._by_id: dict[CommandId, Waiting] = {}
         self._serving: asyncio.Task[None] | None = None
+        self._saving: set[asyncio.Task[None]] = set()
         self._reading = asyncio.Lock()
         self._heads: dict[int, int] = {}
         self._cache: OrderedDict[UUID, tuple[UUID | None, Root | None]] = OrderedDict()  # by whose it is
@@ -172,8 +176,7 @@ class Bus:
         if id not in self._cache:
             async with self._reading:
                 synced = await self._log.sync({}, [(shard, id)])
-                rows = synced.streams[id]
-                owner, found = await self._replayed(rows)
+                owner, found = await self._loaded(shard, id, synced)
             # Only a view of the very head that the cache stands at may join it.
             if self._heads.setdefault(shard, synced.heads[shard]) == synced.heads[shard]:
                 self._remember(id, owner, found)
@@ -336,8 +339,8 @@ class Bus:
                     self._forget(shard)
                 self._heads[shard] = head
             await self._follow(synced.newer)
-            for stream_id, rows in synced.streams.items():
-                self._remember(stream_id, *await self._replayed(rows))
+            for shard, stream_id in wanted:
+                self._remember(stream_id, *await self._loaded(shard, stream_id, synced))
 
     async def _follow(self, newer: Sequence[StoredEvent]) -> None:
         """Bring cached aggregates up to date with what other processes wrote."""
@@ -346,11 +349,34 @@ class Bus:
             root = root.fork() if root is not None else None
             self._cache[record.stream_id] = record.tenant_id, record.event.mutate(root)
 
-    async def _replayed(self, rows: Sequence[StoredEvent]) -> tuple[UUID | None, Root | None]:
-        root: Root | None = None
-        for record in await self._records.open(rows):
-            root = record.event.mutate(root)
-        return (rows[0].tenant_id if rows else None), root
+    async def _loaded(self, shard: int, id: UUID, synced: Synced) -> tuple[UUID | None, Root | None]:
+        """Whose an aggregate is, and the aggregate, as of the instant of `synced`."""
+        snapshot, rows = synced.snapshots.get(id), synced.streams[id]
+        root = snapshots.restored(snapshot, self._clock()) if snapshot else None
+        owner: UUID | None = snapshot.tenant_id if snapshot else None
+        if snapshot is not None and root is None:
+            rows = []  # they follow a state that this program cannot read: begin at the beginning
+        complete = len(rows) < STREAM_EVENTS_MAX and (snapshot is None or root is not None)
+        while True:
+            for record in await self._records.open(rows):
+                owner, root = record.tenant_id, record.event.mutate(root)
+            if complete:
+                return owner, root
+            version = root.version if root is not None else 0
+            page = await self._log.read_stream_after(shard, id, version, STREAM_EVENTS_MAX)
+            rows = [row for row in page if row.position <= synced.heads[shard]]
+            complete = len(rows) < STREAM_EVENTS_MAX
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        task = asyncio.create_task(self._save_snapshot(snapshot))
+        self._saving.add(task)
+        task.add_done_callback(self._saving.discard)
+
+    async def _save_snapshot(self, snapshot: Snapshot) -> None:
+        try:
+            await self._log.save_snapshot(snapshot)
+        except LogUnavailable as failure:
+            log_of.info("a snapshot was not saved: %s", failure)
 
     # --- writing
 
@@ -382,6 +408,8 @@ class Bus:
         for one in decided:
             if one.refusal is None:
                 for id, root in one.write.touched.items():
+                    if snapshots.is_due(root, len(root.pending_events)):
+                        self._keep(snapshots.taken(root, one.waiting.shard, one.waiting.command.tenant_id))
                     root.pending_events.clear()
                     self._remember(id, one.waiting.command.tenant_id, root)
         records = [

@@ -77,6 +77,17 @@ class DueRow(NamedTuple):
     lost_worker: str
 
 
+class Snapshot(NamedTuple):
+    """The state of a long stream at a version; a cache beside the log. `schema` names the form of `state`."""
+
+    shard: int
+    stream_id: UUID
+    stream_version: int
+    tenant_id: UUID
+    schema: str
+    state: bytes
+
+
 @dataclass(slots=True)
 class Batch:
     """One atomic append. Events carry their final positions: they follow `heads`, which the append proves."""
@@ -89,11 +100,15 @@ class Batch:
 
 @dataclass(slots=True)
 class Synced:
-    """A consistent view: heads of the shards asked for, what happened after the heads given, and whole streams."""
+    """A consistent view: heads of the shards asked for, what happened after the heads given, and streams.
+
+    A stream begins after its snapshot if it has one, and ends early at `STREAM_EVENTS_MAX` events.
+    """
 
     heads: dict[int, int]
     newer: list[StoredEvent]
     streams: dict[UUID, list[StoredEvent]]
+    snapshots: dict[UUID, Snapshot] = field(default_factory=dict)
 
 
 class HeadMoved(Exception):
@@ -136,7 +151,7 @@ class EventLog(Protocol):
         """Lock shards (in ascending order, so that two such locks cannot deadlock) for a decision that must not race."""
 
     async def sync(self, heads: Mapping[int, int], streams: Streams) -> Synced:
-        """The shards' heads, events after the `heads` given, and the whole `streams`, all of one instant.
+        """The shards' heads, events after the `heads` given, and the `streams`, all of one instant.
 
         Shards whose head is more than `SYNC_EVENTS_MAX` ahead are reported without events.
         """
@@ -149,6 +164,14 @@ class EventLog(Protocol):
 
     async def read_stream(self, shard: int, stream_id: UUID, last: int) -> list[StoredEvent]:
         """The last `last` events of a stream, ascending."""
+
+    async def read_stream_after(
+        self, shard: int, stream_id: UUID, version: int, limit: int
+    ) -> list[StoredEvent]:
+        """Up to `limit` events of a stream after a version, ascending."""
+
+    async def save_snapshot(self, snapshot: Snapshot) -> None:
+        """Keep the snapshot of a stream; an older one than is kept, of the same schema, changes nothing."""
 
     async def heads(self) -> dict[int, int]:
         """The head of every shard."""
@@ -177,3 +200,4 @@ class EventLog(Protocol):
 
 
 SYNC_EVENTS_MAX = 2_000
+STREAM_EVENTS_MAX = 2_000

@@ -27,7 +27,8 @@ class ServerToolbox:
         """What the agent may use now: enabled, and able to run on this server."""
         if not settings.tools_enabled:
             return {}
-        tools = {tool.name: tool for tool in self._catalogue.all()} | self._custom_of(agent)
+        own = {name: tool for name, tool in self._custom_of(agent).items() if tool.missing() is None}
+        tools = {tool.name: tool for tool in self._catalogue.all()} | own
         return {name: tool for name, tool in tools.items() if settings.offers(name)}
 
     def known(self, agent: Agent) -> Sequence[OfferedTool]:
@@ -44,8 +45,8 @@ class ServerToolbox:
             for entry in self._catalogue.entries()
         ]
         own = [
-            OfferedTool(tool.name, tool.description, tool.kind, tool.parameters, True, None)
-            for tool in self._custom_of(agent).values()
+            OfferedTool(tool.name, tool.description, tool.kind, tool.parameters, missing is None, missing)
+            for tool, missing in ((tool, tool.missing()) for tool in self._custom_of(agent).values())
         ]
         return [*builtin, *own]
 

@@ -29,7 +29,7 @@ ENVELOPE = ("originator_id", "originator_version", "timestamp", "originator_topi
 
 encode_json = msgspec.json.Encoder().encode
 decode_json = msgspec.json.Decoder(dict[str, Any]).decode
-# U+0000 as JSON writes it: an odd number of backslashes before u0000. Postgres text has no such character.
+# U+0000 as JSON writes it: an odd number of backslashes before u0000.
 _NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")
 _REPLACED = rb"\1\\ufffd"
 
@@ -57,7 +57,7 @@ def encode(event: AggregateEvent) -> tuple[bytes, bytes | None]:
     values = vars(event)
     payload = encode_json({name: values[name] for name in kind.public})
     personal = encode_json({name: values[name] for name in kind.personal}) if kind.personal else None
-    return _without_nul(payload), personal and _without_nul(personal)
+    return without_nul(payload), personal and without_nul(personal)
 
 
 def decode(
@@ -94,7 +94,8 @@ def type_of(event_class: type[AggregateEvent]) -> EventType:
     return EVENT_TYPES[event_class.TOPIC]  # type: ignore[attr-defined]
 
 
-def _without_nul(encoded: bytes) -> bytes:
+def without_nul(encoded: bytes) -> bytes:
+    """JSON with each U+0000 in its texts replaced by U+FFFD: Postgres text has no such character."""
     return _NUL.sub(_REPLACED, encoded) if b"\\u0000" in encoded else encoded
 
 

@@ -6,7 +6,7 @@ the row keeps the reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -55,6 +55,17 @@ class Record(Generic[E]):
 
 
 AnyRecord = Record[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A row that this program cannot decode; it must not be skipped."""
+
+    type: str
+    shard: int
+    position: int
+    stream_id: UUID
+    error: codec.UnknownEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +125,28 @@ class Records:
         if subjects:
             await self._keys.ensure(tuple(subjects))
         return [await self._open(row) for row in rows]
+
+    async def open_some(
+        self, rows: Sequence[StoredEvent], personal: Collection[str]
+    ) -> list[AnyRecord | Unreadable]:
+        """The records of rows, in their order; only those of types in `personal` have their personal fields.
+
+        A row of a type or version from the future becomes `Unreadable`.
+
+        Raises:
+            ObjectMissing: a large part is not in the object store.
+        """
+        subjects = {row.subject_id for row in rows if row.subject_id is not None and row.type in personal}
+        if subjects:
+            await self._keys.ensure(tuple(subjects))
+        found: list[AnyRecord | Unreadable] = []
+        for row in rows:
+            try:
+                wanted = row if row.personal is None or row.type in personal else row._replace(personal=None)
+                found.append(await self._open(wanted))
+            except codec.UnknownEvent as unknown:
+                found.append(Unreadable(row.type, row.shard, row.position, row.stream_id, unknown))
+        return found
 
     async def _open(self, row: StoredEvent) -> AnyRecord:
         payload, personal = row.payload, row.personal

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 from domain.event_log import (
+    STREAM_EVENTS_MAX,
     SYNC_EVENTS_MAX,
     Batch,
     CommandRow,
@@ -19,6 +20,7 @@ from domain.event_log import (
     DueRow,
     HeadMoved,
     LogUnavailable,
+    Snapshot,
     StoredEvent,
     Streams,
     Synced,
@@ -56,6 +58,7 @@ class MemoryEventLog:
         self._due: dict[tuple[int, UUID], _Due] = {}
         self._beats: dict[str, datetime] = {}
         self._cursors: dict[str, dict[int, int]] = {}
+        self._snapshots: dict[tuple[int, UUID], Snapshot] = {}
 
     # --- writing
 
@@ -94,6 +97,17 @@ class MemoryEventLog:
     async def read_stream(self, shard: int, stream_id: UUID, last: int) -> list[StoredEvent]:
         stream = self._streams.get((shard, stream_id), [])
         return stream[max(0, len(stream) - last) :]
+
+    async def read_stream_after(
+        self, shard: int, stream_id: UUID, version: int, limit: int
+    ) -> list[StoredEvent]:
+        return self._streams.get((shard, stream_id), [])[version : version + limit]
+
+    async def save_snapshot(self, snapshot: Snapshot) -> None:
+        key = snapshot.shard, snapshot.stream_id
+        kept = self._snapshots.get(key)
+        if kept is None or kept.schema != snapshot.schema or kept.stream_version < snapshot.stream_version:
+            self._snapshots[key] = snapshot
 
     async def heads(self) -> dict[int, int]:
         return {shard: len(events) for shard, events in enumerate(self._events)}
@@ -138,7 +152,12 @@ class MemoryEventLog:
             if found.heads[shard] - heads[shard] <= SYNC_EVENTS_MAX:
                 found.newer += self._events[shard][heads[shard] :]
         for shard, stream_id in streams:
-            found.streams[stream_id] = list(self._streams.get((shard, stream_id), []))
+            snapshot = self._snapshots.get((shard, stream_id))
+            after = 0
+            if snapshot is not None:
+                found.snapshots[stream_id], after = snapshot, snapshot.stream_version
+            stream = self._streams.get((shard, stream_id), [])
+            found.streams[stream_id] = stream[after : after + STREAM_EVENTS_MAX]
         return found
 
     def _check(self, batch: Batch, staged: Batch) -> None:

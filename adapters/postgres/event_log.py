@@ -29,6 +29,7 @@ from adapters.postgres.arrays import (
 )
 from adapters.postgres.pool import LOG_PLANS, SCHEMA, connect, deadline, open_pool
 from domain.event_log import (
+    STREAM_EVENTS_MAX,
     SYNC_EVENTS_MAX,
     Batch,
     CommandRow,
@@ -36,6 +37,7 @@ from domain.event_log import (
     DueRow,
     HeadMoved,
     LogUnavailable,
+    Snapshot,
     StoredEvent,
     Streams,
     Synced,
@@ -53,7 +55,8 @@ _EVENT_COLUMNS = (
     "shard, position, tenant_id, stream_id, stream_version, type, schema_version, payload, personal, subject_id,"
     " command_id, correlation_id, causation_id, actor, traceparent, recorded_at"
 )
-# Heads, newer events and streams in one statement see one snapshot. Kind 0: a head; 1: newer; 2: of a stream.
+# Heads, newer events, snapshots and streams in one statement see one instant.
+# Kind 0: a head; 1: newer; 2: the snapshot of a stream (its schema as `type`, its state as `payload`); 3: of a stream.
 _SYNC = f"""
     SELECT 0 AS what, s.shard, s.head AS position, NULL::uuid AS tenant_id, NULL::uuid AS stream_id,
            NULL::integer AS stream_version, NULL AS type, NULL::smallint AS schema_version, NULL::bytea AS payload,
@@ -65,9 +68,16 @@ _SYNC = f"""
       JOIN shard s ON s.shard = h.shard AND s.head > h.head AND s.head - h.head <= {SYNC_EVENTS_MAX}
      CROSS JOIN LATERAL (SELECT {_EVENT_COLUMNS} FROM event WHERE shard = h.shard AND position > h.head) e
     UNION ALL
-    SELECT 2, e.* FROM unnest(%b, %b) w(shard, stream_id)
+    SELECT 2, n.shard, 0, n.tenant_id, n.stream_id, n.stream_version, n.schema, 0, n.state, NULL, NULL, NULL, NULL,
+           NULL, NULL, NULL, NULL
+      FROM unnest(%b, %b) w(shard, stream_id) JOIN snapshot n USING (shard, stream_id)
+    UNION ALL
+    SELECT 3, e.* FROM unnest(%b, %b) w(shard, stream_id)
+      LEFT JOIN snapshot n USING (shard, stream_id)
      CROSS JOIN LATERAL (SELECT {_EVENT_COLUMNS} FROM event
-                          WHERE shard = w.shard AND stream_id = w.stream_id) e
+                          WHERE shard = w.shard AND stream_id = w.stream_id
+                            AND stream_version > coalesce(n.stream_version, 0)
+                          ORDER BY stream_version LIMIT {STREAM_EVENTS_MAX}) e
      ORDER BY what, shard, position
 """
 _COMMANDS = """
@@ -84,6 +94,16 @@ _READ_AFTER = f"""
 _READ_STREAM = f"""
     SELECT * FROM (SELECT {_EVENT_COLUMNS} FROM event WHERE shard = %b AND stream_id = %b
                     ORDER BY stream_version DESC LIMIT %b) e ORDER BY stream_version
+"""
+_READ_STREAM_AFTER = f"""
+    SELECT {_EVENT_COLUMNS} FROM event WHERE shard = %b AND stream_id = %b AND stream_version > %b
+     ORDER BY stream_version LIMIT %b
+"""
+_SAVE_SNAPSHOT = """
+    INSERT INTO snapshot AS s VALUES (%b, %b, %b, %b, %b, %b)
+        ON CONFLICT (shard, stream_id) DO UPDATE
+       SET stream_version = excluded.stream_version, schema = excluded.schema, state = excluded.state
+     WHERE excluded.schema <> s.schema OR excluded.stream_version > s.stream_version
 """
 _BEAT = """
     INSERT INTO worker VALUES (%b, clock_timestamp()) ON CONFLICT (worker) DO UPDATE SET beat_at = clock_timestamp()
@@ -189,6 +209,18 @@ class PostgresEventLog:
     async def read_stream(self, shard: int, stream_id: UUID, last: int) -> list[StoredEvent]:
         """As in `EventLog`."""
         return [StoredEvent(*row) for row in await self._fetch(_READ_STREAM, (shard, stream_id, last))]
+
+    async def read_stream_after(
+        self, shard: int, stream_id: UUID, version: int, limit: int
+    ) -> list[StoredEvent]:
+        """As in `EventLog`."""
+        rows = await self._fetch(_READ_STREAM_AFTER, (shard, stream_id, version, limit))
+        return [StoredEvent(*row) for row in rows]
+
+    async def save_snapshot(self, snapshot: Snapshot) -> None:
+        """As in `EventLog`."""
+        async with self._reader() as connection:
+            await connection.execute(_SAVE_SNAPSHOT, snapshot)
 
     async def heads(self) -> dict[int, int]:
         """As in `EventLog`."""
@@ -309,7 +341,9 @@ def _arguments(batch: Batch) -> tuple[Any, ...]:
         counts[event.shard] += 1
     e = _columns(batch.events, 16)
     c = _columns(batch.commands, 10)
-    d = _columns(batch.due, 7)
+    # Commands decided together may change the same row; the last one counts.
+    last_due = {(change.shard, change.id): change for change in batch.due}
+    d = _columns(list(last_due.values()), 7)
     return (
         smallints(list(batch.heads)),
         bigints(list(batch.heads.values())),
@@ -337,12 +371,13 @@ def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[Any]:
 
 async def _sync(connection: Connection, heads: Mapping[int, int], streams: Streams) -> Synced:
     shards = sorted({*heads, *(shard for shard, _ in streams)})
+    wanted = smallints([shard for shard, _ in streams]), uuids([stream_id for _, stream_id in streams])
     arguments = (
         smallints(shards),
         smallints(list(heads)),
         bigints(list(heads.values())),
-        smallints([shard for shard, _ in streams]),
-        uuids([stream_id for _, stream_id in streams]),
+        *wanted,
+        *wanted,
     )
     cursor = await connection.execute(_SYNC, arguments, binary=True)
     found = Synced({}, [], {stream_id: [] for _, stream_id in streams})
@@ -351,6 +386,8 @@ async def _sync(connection: Connection, heads: Mapping[int, int], streams: Strea
             found.heads[row[0]] = row[1]
         elif what == 1:
             found.newer.append(StoredEvent(*row))
+        elif what == 2:
+            found.snapshots[row[3]] = Snapshot(row[0], row[3], row[4], row[2], row[5], row[7])
         else:
             found.streams[row[3]].append(StoredEvent(*row))
     return found

@@ -47,6 +47,17 @@ CREATE TABLE IF NOT EXISTS command (
 );
 CREATE INDEX IF NOT EXISTS command_by_tenant ON command (tenant_id, recorded_at DESC);
 
+-- States of long streams: a cache, which may be emptied at any time.
+CREATE TABLE IF NOT EXISTS snapshot (
+    shard          smallint NOT NULL,
+    stream_id      uuid     NOT NULL,
+    stream_version integer  NOT NULL,
+    tenant_id      uuid     NOT NULL,
+    schema         text     NOT NULL,
+    state          bytea    NOT NULL,
+    PRIMARY KEY (shard, stream_id)
+);
+
 -- What must happen even if nobody hears of it, written by the append that makes it necessary.
 CREATE TABLE IF NOT EXISTS due (
     shard      smallint    NOT NULL,
