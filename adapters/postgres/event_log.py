@@ -113,21 +113,22 @@ _BEAT = """
 _DUE = """
     SELECT d.kind, d.id, d.stream_id, d.tenant_id, d.claimed_by FROM due d
       LEFT JOIN worker w ON w.worker = d.claimed_by
-     WHERE d.due_at <= clock_timestamp()
-        OR (d.claimed_by <> '' AND d.claimed_by <> %b
-            AND (w.beat_at IS NULL OR w.beat_at < clock_timestamp() - make_interval(secs => %b)
-                 OR split_part(d.claimed_by, '/', 1) = split_part(%b, '/', 1)))
+     WHERE d.kept_until <= clock_timestamp()
+       AND (d.due_at <= clock_timestamp()
+            OR (d.claimed_by <> '' AND d.claimed_by <> %b
+                AND (w.beat_at IS NULL OR w.beat_at < clock_timestamp() - make_interval(secs => %b)
+                     OR split_part(d.claimed_by, '/', 1) = split_part(%b, '/', 1))))
      ORDER BY d.due_at LIMIT %b
 """
 _CLAIM_DUE = """
-    UPDATE due SET due_at = %b WHERE shard = %b AND id = %b AND claimed_by = %b AND due_at <> %b
+    UPDATE due SET kept_until = %b WHERE shard = %b AND id = %b AND claimed_by = %b AND kept_until <= clock_timestamp()
            AND (due_at <= clock_timestamp() OR claimed_by <> '') RETURNING 1
 """
 _SAVE_CURSOR = """
     INSERT INTO reader SELECT %b, c.* FROM unnest(%b, %b) c(shard, position)
         ON CONFLICT (reader, shard) DO UPDATE SET position = greatest(reader.position, excluded.position)
 """
-_NEXT_DUE = "SELECT min(due_at) FROM due"
+_NEXT_DUE = "SELECT min(greatest(due_at, kept_until)) FROM due"
 
 
 class PostgresEventLog:
@@ -240,7 +241,7 @@ class PostgresEventLog:
 
     async def claim_due(self, row: DueRow, worker: str, until: datetime) -> bool:
         """As in `EventLog`."""
-        arguments = (until, shard_of(row.tenant_id), row.id, row.lost_worker, until)
+        arguments = (until, shard_of(row.tenant_id), row.id, row.lost_worker)
         return bool(await self._fetch(_CLAIM_DUE, arguments))
 
     async def next_due_at(self) -> datetime | None:

@@ -67,6 +67,7 @@ CREATE TABLE IF NOT EXISTS due (
     tenant_id  uuid        NOT NULL,
     due_at     timestamptz NOT NULL,
     claimed_by text        NOT NULL,
+    kept_until timestamptz NOT NULL DEFAULT '-infinity', -- a sweeper has found it and is at it until then
     PRIMARY KEY (shard, id)
 ) WITH (fillfactor = 50);
 CREATE INDEX IF NOT EXISTS due_at ON due (due_at);
@@ -130,11 +131,12 @@ BEGIN
     IF cardinality(d_shard) > 0 THEN
         DELETE FROM due USING unnest(d_shard, d_id, d_at) d(shard, id, at)
          WHERE due.shard = d.shard AND due.id = d.id AND d.at IS NULL;
-        INSERT INTO due
+        INSERT INTO due (shard, kind, id, stream_id, tenant_id, due_at, claimed_by)
         SELECT d.* FROM unnest(d_shard, d_kind, d_id, d_stream, d_tenant, d_at, d_by)
                         d(shard, kind, id, stream_id, tenant_id, due_at, claimed_by)
          WHERE d.due_at IS NOT NULL
-            ON CONFLICT (shard, id) DO UPDATE SET due_at = excluded.due_at, claimed_by = excluded.claimed_by;
+            ON CONFLICT (shard, id) DO UPDATE
+           SET due_at = excluded.due_at, claimed_by = excluded.claimed_by, kept_until = '-infinity';
     END IF;
     RETURN at;
 END $$;
