@@ -24,7 +24,7 @@ READ_PLANS = "-c jit=off"
 def options(plans: str) -> str:
     """Settings of a session: our schema, its planner, its limits."""
     limits = f"-c statement_timeout={STATEMENT_S * 1000} -c idle_in_transaction_session_timeout=15000"
-    return f"-c search_path={SCHEMA} {plans} {limits}"
+    return f"-c search_path={SCHEMA} -c TimeZone=UTC {plans} {limits}"
 
 
 async def connect(dsn: str, plans: str = LOG_PLANS) -> psycopg.AsyncConnection[Any]:
