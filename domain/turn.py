@@ -511,7 +511,7 @@ class Turn(Root):
             attempt=action.attempt,
             provider=provider,
             model=model,
-            with_tools=action.with_tools,
+            with_tools=current.with_tools,
             worker=worker,
             deadline_at=deadline_at,
         )
@@ -562,11 +562,11 @@ class Turn(Root):
         tries_left = (
             self.workers_lost < WORKERS_LOST_MAX if lost else attempt - self.workers_lost < ATTEMPTS_MAX
         )
-        retry_at = None
-        if error_class in PASSING and tries_left:
-            retry_at = now if lost else now + timedelta(seconds=backoff_s(attempt, retry_after_s))
-            if retry_at >= self.limits.deadline_at:
-                retry_at = None
+        wait_s = 0.0 if lost else backoff_s(attempt - self.workers_lost, retry_after_s)
+        left_s = (self.limits.deadline_at - now).total_seconds()
+        # Compared as numbers: a provider may name a wait that no calendar holds.
+        again = error_class in PASSING and tries_left and wait_s < left_s
+        retry_at = now + timedelta(seconds=wait_s) if again else None
         self.trigger_event(
             self.ModelCallFailed,
             call_id=call_id,
@@ -757,6 +757,8 @@ class Turn(Root):
     def _end(
         self, event_class: type[Ended], lines: Sequence[ChargeLine], now: datetime, **facts: Any
     ) -> None:
+        if self.outcome is not None:
+            raise NotYours("The turn has ended.")
         self.trigger_event(
             event_class,
             owner_id=self.owner_id,
