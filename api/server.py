@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, Protocol
-from uuid import UUID
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry
 
@@ -17,7 +15,6 @@ from domain.event_log import EventLog
 from domain.ports import (
     ApiKeys,
     Clock,
-    KeyKind,
     KeyUses,
     Logins,
     ModelCard,
@@ -27,11 +24,9 @@ from domain.ports import (
     ToolKind,
     Vault,
 )
+from projections.read_side import ReadSide
 from schemas.records import Records
 from schemas.turn_feed import TurnFeed
-
-if TYPE_CHECKING:
-    from projections.runner import ReadSide
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +67,6 @@ class Toolbox(Protocol):
 
     def get(self, name: str, agent: Agent) -> Tool | None:
         """The tool, built-in or the agent's own; None when there is none of this name."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeyRow:
-    """What is known of an API key. `agent_id` is None for a user's own key."""
-
-    key_id: str
-    kind: KeyKind
-    owner_id: UUID
-    agent_id: UUID | None
-    name: str
-    prefix: str
-    digest: str
-    created_at: datetime
-    revoked_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +111,9 @@ class Server:
     toolbox: Toolbox
     base_url: str
     signing_key: bytes  # of cursors and CSRF tokens
-    caught_up: Callable[[int, int, float], Awaitable[bool]]  # (shard, position, timeout_s): read models have it
+    caught_up: Callable[
+        [int, int, float], Awaitable[bool]
+    ]  # (shard, position, timeout_s): read models have it
     next_agent_number: Callable[[], Awaitable[int]]
     ready: Callable[[], Awaitable[Sequence[Check]]]
     metrics: CollectorRegistry = field(default_factory=CollectorRegistry)

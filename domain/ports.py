@@ -361,25 +361,20 @@ class ApiKeys(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """How a person logs in. `email` is as the person wrote it; it is found by its canonical form."""
+    """How a person logs in. The address is not kept here in the clear."""
 
     user_id: UUID
-    email: str
-    name: str
     password_hash: str
 
 
 class Logins(Protocol):
     """Addresses and password hashes: outside the log, because they change and must be forgotten."""
 
-    async def reserve(self, login: Login) -> Login:
-        """Take the address for this person; returns whoever has it, which is somebody else when it was taken."""
+    async def reserve(self, email: str, login: Login) -> Login:
+        """Take the address for this person; returns who has it, which is somebody else when it was taken."""
 
     async def find(self, email: str) -> Login | None:
         """Who logs in with this address, upper and lower case being the same."""
-
-    async def of(self, user_id: UUID) -> Login | None:
-        """How this person logs in."""
 
     async def change_password(self, user_id: UUID, password_hash: str) -> None:
         """Another password from now on."""

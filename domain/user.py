@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from datetime import datetime
 
 from domain.aggregate import Created, PersonalText, Root
@@ -94,3 +95,8 @@ class User(Root):
         if key_id not in self.key_ids:
             raise NotFound("API key")
         self.trigger_event(self.ApiKeyRevoked, key_id=key_id)
+
+
+def canonical_email(email: str) -> str:
+    """The form in which two spellings of an address are the same one."""
+    return unicodedata.normalize("NFKC", email).strip().casefold()

@@ -1,0 +1,227 @@
+"""One HTTP request while it is served, and what all requests of a process share."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from uuid import UUID
+
+from fastapi import Depends
+from starlette.requests import Request
+
+from api.errors import invalid
+from commands.command import Command, Outcome
+from domain.ids import SHARDS, TurnId, UserId, shard_of
+from schemas.records import AnyRecord
+
+if TYPE_CHECKING:
+    from api.metrics import HttpMetrics
+    from api.principals import Principals
+    from api.server import Server
+
+PrincipalKind = Literal["user_key", "session", "agent_key"]
+
+_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who is calling: the tenant it acts for, and the name under which the log remembers it.
+
+    `agent_id` is set for an agent's key, which may only talk to that agent.
+    """
+
+    kind: PrincipalKind
+    owner_id: UserId
+    actor: str
+    agent_id: UUID | None = None
+    credential: str = ""  # the key's id, or the session's digest as hex
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether the caller is the person who pays, and may see amounts."""
+        return self.kind != "agent_key"
+
+
+class Positions:
+    """How far the log is for each tenant, as this process wrote it: what the read models must have for its readers."""
+
+    TENANTS_MAX = 10_000
+
+    def __init__(self) -> None:
+        self._positions: dict[UUID, int] = {}
+
+    def note(self, tenant_id: UUID, position: int) -> None:
+        if len(self._positions) >= self.TENANTS_MAX and tenant_id not in self._positions:
+            self._positions.pop(next(iter(self._positions)))
+        if position > self._positions.get(tenant_id, 0):
+            self._positions[tenant_id] = position
+
+    def of(self, tenant_id: UUID) -> int:
+        return self._positions.get(tenant_id, 0)
+
+    def reached(self, tenant_id: UUID, position: int) -> None:
+        """The read models have this much; nobody needs to wait for it again."""
+        if self._positions.get(tenant_id) == position:
+            del self._positions[tenant_id]
+
+
+@dataclass(slots=True)
+class Shared:
+    """What the requests of a process share."""
+
+    server: Server
+    principals: Principals
+    metrics: HttpMetrics
+    positions: Positions = field(default_factory=Positions)
+
+    def on_records(self, records: Sequence[AnyRecord]) -> None:
+        """Be told of what this process has committed: keys and sessions change at once, readers see their writes."""
+        for record in records:
+            self.positions.note(record.tenant_id, record.position)
+        self.principals.on_records(records)
+
+
+class Call:
+    """One request. `headers` are added to whatever is answered."""
+
+    __slots__ = (
+        "client",
+        "headers",
+        "method",
+        "path",
+        "principal",
+        "request_id",
+        "shared",
+        "trace_id",
+        "traceparent",
+    )
+
+    def __init__(self, scope: Any, shared: Shared) -> None:
+        self.shared = shared
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.client: str = (scope.get("client") or ("", 0))[0]
+        self.principal: Principal | None = None
+        self.headers: list[tuple[bytes, bytes]] = []
+        given = {name: value for name, value in scope["headers"] if name in (b"traceparent", b"x-request-id")}
+        match = _TRACEPARENT.fullmatch(given.get(b"traceparent", b"").decode("latin-1"))
+        self.trace_id = match[1] if match else secrets.token_hex(16)
+        self.traceparent = f"00-{self.trace_id}-{secrets.token_hex(8)}-01"
+        named = given.get(b"x-request-id", b"").decode("latin-1")
+        self.request_id = named if _REQUEST_ID.fullmatch(named) else self.trace_id
+
+    @property
+    def server(self) -> Server:
+        return self.shared.server
+
+    def say(self, name: str, value: str) -> None:
+        """Add a header to the answer."""
+        self.headers.append((name.lower().encode("latin-1"), value.encode("latin-1")))
+
+    def caller(self) -> Principal:
+        """Who is calling, on routes that have asked."""
+        assert self.principal is not None
+        return self.principal
+
+    async def execute(
+        self,
+        command: Command,
+        command_id: UUID | None = None,
+        digest: bytes | None = None,
+        correlation_id: UUID | None = None,
+    ) -> Outcome:
+        """Have a command decided on behalf of the caller, and say where in the log it stands."""
+        outcome = await self.server.bus.execute(
+            command,
+            by=self.principal.actor if self.principal else f"user:{command.tenant_id}",
+            command_id=command_id,
+            digest=digest,
+            correlation_id=correlation_id,
+            traceparent=self.traceparent,
+        )
+        self.say("Oshaani-Position", f"{outcome.shard}:{outcome.position}")
+        if outcome.seen:
+            self.say("Idempotent-Replayed", "true")
+        return outcome
+
+    async def reads(self, tenant_id: UUID, asked: str | None = None) -> None:
+        """Before a query: wait until the read models have what the tenant wrote through this process.
+
+        `asked` is the position that a client brought along (`Oshaani-Min-Position`).
+        """
+        server, position = self.server, self.shared.positions.of(tenant_id)
+        shard = shard_of(tenant_id)
+        timeout_s = server.limits.read_wait_s
+        reached = not position or await server.caught_up(shard, position, timeout_s)
+        if reached and position:
+            self.shared.positions.reached(tenant_id, position)
+        if reached and asked is not None:
+            shard, position = position_of(asked)
+            reached = await server.caught_up(shard, position, timeout_s)
+        if not reached:
+            self.say("Oshaani-Position-Reached", "false")
+
+
+def position_of(text: str) -> tuple[int, int]:
+    """A position as `Oshaani-Position` writes it.
+
+    Raises:
+        Problem: not `shard:position`.
+    """
+    shard, _, position = text.partition(":")
+    digits = re.fullmatch(r"[0-9]{1,2}:[0-9]{1,18}", text)
+    if digits is None or int(shard) >= SHARDS:
+        raise invalid(
+            "Oshaani-Min-Position", "Oshaani-Min-Position is '<shard>:<position>', as answers give it."
+        )
+    return int(shard), int(position)
+
+
+def call_of(request: Request) -> Call:
+    """The call that a request is served as."""
+    call: Call = request.scope["oshaani"]
+    return call
+
+
+async def _call(request: Request) -> Call:
+    return call_of(request)
+
+
+CallDep = Annotated[Call, Depends(_call)]
+
+
+def request_name(turn_id: UUID) -> str:
+    """A turn as people name it."""
+    return f"req-{turn_id}"
+
+
+def turn_named(text: str) -> TurnId | None:
+    """The turn of a request id; None for what cannot be one."""
+    found = _uuid_after("req-", text)
+    return TurnId(found) if found else None
+
+
+def conversation_name(conversation_id: UUID) -> str:
+    """A conversation as people name it, unless they gave it a name of their own."""
+    return f"conv-{conversation_id}"
+
+
+def conversation_named(text: str) -> UUID | None:
+    """The conversation of an id of our form; None for names that callers gave."""
+    return _uuid_after("conv-", text)
+
+
+def _uuid_after(prefix: str, text: str) -> UUID | None:
+    # Only the form that we write ourselves: UUID() takes braces, "urn:" and missing hyphens too.
+    if not text.startswith(prefix) or len(text) != len(prefix) + 36:
+        return None
+    try:
+        found = UUID(text[len(prefix) :])
+    except ValueError:
+        return None
+    return found if str(found) == text[len(prefix) :].lower() else None
