@@ -243,11 +243,13 @@ class Agent(Root):
             _check_text("/name", str(fields["name"]), 1, NAME_CHARS_MAX)
         if fields["description"] is not None:
             _check_text("/description", str(fields["description"]), 0, DESCRIPTION_CHARS_MAX)
-        if any(value is not None and value != getattr(self, key) for key, value in fields.items()):
-            self.trigger_event(self.Changed, config_version=self.config_version + 1, **fields)
         changes = patch.get("configuration") or {}
+        configurations.check_depth(changes)
         after = configurations.merged(self.configuration, changes)
         configurations.check(after)
+        changed = {key: None if value == getattr(self, key) else value for key, value in fields.items()}
+        if any(value is not None for value in changed.values()):
+            self.trigger_event(self.Changed, config_version=self.config_version + 1, **changed)
         if after != self.configuration:
             self.trigger_event(
                 self.ConfigurationChanged, patch=dict(changes), config_version=self.config_version + 1
@@ -287,8 +289,9 @@ class Agent(Root):
         self._check_alive()
         if name not in self.custom_tools:
             raise NotFound("custom tool")
-        if tool != self.custom_tools[name]:
-            self.trigger_event(self.CustomToolChanged, tool={**tool, "name": name})
+        changed = {**tool, "name": name}
+        if changed != self.custom_tools[name]:
+            self.trigger_event(self.CustomToolChanged, tool=changed)
 
     def remove_custom_tool(self, name: str) -> None:
         """The agent cannot use it any more."""

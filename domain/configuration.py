@@ -14,6 +14,7 @@ from domain.errors import InvalidValue
 SYSTEM_PROMPT_CHARS_MAX = 100_000
 CONFIGURATION_CHARS_MAX = 200_000
 TOOL_LIST_MAX = 500
+DEPTH_MAX = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ def check(configuration: Mapping[str, Any]) -> list[str]:
     Raises:
         InvalidValue: a known key has a value of the wrong shape; the pointer names it.
     """
+    check_depth(configuration)
     if len(repr(configuration)) > CONFIGURATION_CHARS_MAX:
         raise InvalidValue(
             "/configuration", f"The configuration exceeds {CONFIGURATION_CHARS_MAX} characters.", "too_long"
@@ -95,6 +97,23 @@ def check(configuration: Mapping[str, Any]) -> list[str]:
         for key in configuration
         if key not in KNOWN
     ]
+
+
+def check_depth(configuration: Mapping[str, Any]) -> None:
+    """Refuse what nests too deep to be merged, written and replayed by functions that call themselves."""
+    level: list[Any] = [configuration]
+    for _ in range(DEPTH_MAX):
+        level = [child for each in level for child in _children(each)]
+    if level:
+        raise InvalidValue(
+            "/configuration", f"The configuration nests more than {DEPTH_MAX} deep.", "too_deep"
+        )
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 def _check_key(key: str, value: Any) -> None:

@@ -47,7 +47,11 @@ def messages_of(
 
 def digest_of(system: str, messages: Sequence[Message]) -> str:
     """A fingerprint of a prompt, so that an auditor can prove which one was sent."""
-    hashed = sha256(system.encode())
-    for message in messages:
-        hashed.update(f"\x1e{message.role}\x1f{message.content}".encode())
-    return hashed.hexdigest()
+    parts = [
+        [
+            *(message.role, message.content, message.tool_call_id),
+            *([request.id, request.name, request.raw] for request in message.tool_requests),
+        ]
+        for message in messages
+    ]
+    return sha256(json.dumps([system, parts]).encode()).hexdigest()
