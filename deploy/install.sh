@@ -22,7 +22,7 @@ find_python() {
             return
         fi
     done
-    fail "Python 3.11 or newer is needed and none was found; install it, or name it: make PYTHON=/path/to/python3.11 run"
+    fail "Python 3.11 or newer is needed and none was found; install it, or name it: PYTHON=/path/to/python3.11"
 }
 
 # What is installed follows from the lock and from where the repository lies.
@@ -39,12 +39,13 @@ is_installed() {
 }
 
 make_venv() {
-    if ! $venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-        python=$(find_python)
+    $venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return
+    python=$(find_python)
+    rm -rf $venv
+    "$python" -m venv $venv >/dev/null 2>&1 || {
         rm -rf $venv
-        "$python" -m venv $venv ||
-            fail "'$python -m venv' failed; install the venv module of this Python (Debian, Ubuntu: python3-venv)"
-    fi
+        fail "'$python -m venv' failed; install the venv module of this Python (Debian, Ubuntu: python3-venv)"
+    }
 }
 
 # The project runs from this folder: a path file and a two-line command need no build step.

@@ -17,7 +17,17 @@ from typing import Any
 
 from domain.plans import Limits
 from oshaani import shapes
-from oshaani.shapes import Shape, bracketed
+from oshaani.shapes import SettingsInvalid, Shape, bracketed
+
+__all__ = [
+    "TABLE",
+    "Setting",
+    "SettingLine",
+    "Settings",
+    "SettingsInvalid",
+    "describe",
+    "read_settings",
+]
 
 CONFIG_VARIABLE = "OSHAANI_CONFIG"
 CONFIG_FILE = "oshaani.toml"
@@ -25,15 +35,6 @@ ROOT_DATA_DIR = Path("/var/lib/oshaani")
 OPENAI_URL = "https://api.openai.com/v1"
 ENVIRONMENT, DEFAULT, DERIVED, UNSET = "environment", "default", "derived", "not set"
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where such a server is reached
-
-
-class SettingsInvalid(Exception):
-    """Settings that cannot be used; each of `faults` names one, the shape it must have and the fix."""
-
-    def __init__(self, faults: list[str]) -> None:
-        self.faults = tuple(faults)
-        count = "1 setting is wrong" if len(faults) == 1 else f"{len(faults)} settings are wrong"
-        super().__init__("\n  ".join([f"{count}:", *faults]))
 
 
 @dataclass(frozen=True, slots=True)

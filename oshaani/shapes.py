@@ -32,6 +32,15 @@ _MODEL = re.compile(r"[a-z0-9_-]+:\S+")
 _BROKER = re.compile(r"[A-Za-z0-9._-]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5}")
 
 
+class SettingsInvalid(Exception):
+    """Settings that cannot be used; each of `faults` names one, the shape it must have and the fix."""
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = tuple(faults)
+        count = "1 setting is wrong" if len(faults) == 1 else f"{len(faults)} settings are wrong"
+        super().__init__("\n  ".join([f"{count}:", *faults]))
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What a setting's text must look like, in words and by example, and how it is read."""
@@ -136,7 +145,12 @@ def _credits(text: str) -> int:
     return amount_ncr
 
 
-def _key(text: str) -> bytes:
+def key_of(text: str) -> bytes:
+    """A master key from its base64, standard or URL-safe.
+
+    Raises:
+        ValueError: not base64, or not 32 bytes of it.
+    """
     key = base64.b64decode(text.strip().replace("-", "+").replace("_", "/"), validate=True)
     if len(key) != MASTER_KEY_BYTES:
         raise ValueError("not 32 bytes")
@@ -185,7 +199,7 @@ NETWORKS = Shape("networks in CIDR form, separated by commas", "10.1.0.0/16", _n
 CREDITS = Shape("an amount of credits, 0 or more, at most 9 decimals", "200", _credits)
 FOLDER = Shape("a folder", "/var/lib/oshaani", _folder)
 FILE = Shape("a file", "/etc/oshaani/master.key", _folder)
-KEY = Shape("32 bytes in base64", "$(openssl rand -base64 32)", _key)
+KEY = Shape("32 bytes in base64", "$(openssl rand -base64 32)", key_of)
 LOG_LEVEL = Shape(f"one of {', '.join(LOG_LEVELS)}", "info", _log_level)
 SECONDS = Shape(f"a number of seconds above 0, at most {SECONDS_MAX:.0f}", "60", _seconds)
 DAYS = Shape(f"a whole number of days from 1 to {SESSION_DAYS_MAX}", "14", _days)

@@ -12,7 +12,14 @@ import pytest
 
 from domain.plans import DEFAULT_PLANS
 from oshaani.master_key import master_key
-from oshaani.settings import ROOT_DATA_DIR, TABLE, Settings, SettingsInvalid, describe, read_settings
+from oshaani.settings import (
+    ROOT_DATA_DIR,
+    TABLE,
+    Settings,
+    SettingsInvalid,
+    describe,
+    read_settings,
+)
 
 KEY = bytes(range(32))
 KEY_TEXT = base64.b64encode(KEY).decode("ascii")
