@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from adapters.postgres.data_folder import DataFolderTaken, held_by_this_process
+from adapters.postgres.data_folder import EmbeddedPostgresFault, held_by_this_process
 from adapters.postgres.embedded import PostgresServer
 
 RUN_FOLDERS = "oshaani-tests-"
@@ -59,7 +59,7 @@ def remove_abandoned_runs() -> None:
         try:
             with held_by_this_process(folder):
                 remove_run(folder)
-        except (DataFolderTaken, OSError):
+        except (EmbeddedPostgresFault, OSError):  # Still running, or of another user.
             continue
 
 
