@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 import uvicorn
-from api.app import create_app
 
 from oshaani.settings import Settings
 from oshaani.wiring import Platform, core_of, database, migrate, platform
@@ -19,6 +18,7 @@ from oshaani.wiring import Platform, core_of, database, migrate, platform
 log_of = logging.getLogger(__name__)
 
 DRAIN_S = 6.0  # what running model and tool calls get after SIGTERM; whoever starts next takes over the rest
+READ_MODELS_S = 8.0  # what building read models may delay the start
 STREAMS_S = 2  # what open HTTP streams get
 
 
@@ -52,7 +52,6 @@ async def served(running: Platform, listener: socket.socket) -> AsyncIterator[No
     """Everything at work while the block runs: read models first, then processors, then HTTP."""
     core = running.core
     async with AsyncExitStack() as stack:
-        await core.projector.prepare()
         tasks = [
             asyncio.create_task(core.projector.run(), name="projector"),
             asyncio.create_task(running.host.run(), name="processors"),
@@ -60,9 +59,11 @@ async def served(running: Platform, listener: socket.socket) -> AsyncIterator[No
             asyncio.create_task(running.sweeper.run(), name="sweeper"),
         ]
         stack.push_async_callback(_cancel, tasks)
+        if not await core.projector.ready(READ_MODELS_S):
+            log_of.warning("the read models are still being built; /readyz says when they are there")
         server = _Http(
             uvicorn.Config(
-                create_app(running.server),
+                running.app,
                 http="httptools",
                 log_config=None,
                 access_log=False,

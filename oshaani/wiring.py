@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from projections.catalogue import PROJECTIONS
-from projections.runner import ProjectionRunner
+from fastapi import FastAPI
 from psycopg_pool import AsyncConnectionPool
 
 from adapters.api_keys import HmacApiKeys
@@ -27,16 +26,19 @@ from adapters.tools.catalogue import ToolCatalogue
 from adapters.tools.svg_diagram import svg_diagram
 from adapters.tools.url_resolver import url_resolver
 from adapters.tools.web_search import SearchServices, web_search
+from api.app import create_app
 from api.server import Check, Limits, Server
 from commands.bus import Bus
 from commands.command import Rules
 from domain.event_log import LogUnavailable
 from oshaani import __version__
+from oshaani.master_key import master_key
 from oshaani.models import NumberedModels, model_registry
 from oshaani.processor_host import ProcessorHost
-from oshaani.settings import Settings, master_key
+from oshaani.settings import Settings
 from oshaani.toolbox import OwnersToolbox, ServerToolbox
 from projections.read_side import ReadSide
+from projections.runner import Runner
 from schemas.records import AnyRecord, Records
 from stream_processors.agent_turns import agent_turns
 from stream_processors.credit_debits import credit_debits
@@ -70,9 +72,10 @@ class Core:
     key_ring: key_ring.PostgresKeyRing
     vault: vault.PostgresVault
     bus: Bus
-    projector: ProjectionRunner
+    projector: Runner
     db: ReadSide
-    pepper: bytes
+    keys: HmacApiKeys
+    secret: bytes  # what the server signs with, derived from the master key
 
 
 @dataclass(slots=True)
@@ -85,6 +88,7 @@ class Platform:
     host: ProcessorHost
     sweeper: Sweeper
     server: Server
+    app: FastAPI
 
 
 async def migrate(dsn: str) -> None:
@@ -116,21 +120,21 @@ async def core_of(settings: Settings, dsn: str) -> AsyncIterator[Core]:
         records = Records(ring, FileObjectStore(settings.data_dir / "objects"))
         rules = Rules(settings.plans, settings.free_credits_ncr, settings.turn_deadline_s)
         bus = Bus(log, records, rules, utc_now)
-        projector = ProjectionRunner(log, records, pool, deadline, PROJECTIONS)
+        projector = Runner(pool, deadline, log, records)
         db = ReadSide(pool, deadline, projector.caught_up)
-        pepper = derive(key, "api keys")
         yield Core(
-            settings,
-            dsn,
-            pool,
-            log,
-            records,
-            ring,
-            vault.PostgresVault(pool, key),
-            bus,
-            projector,
-            db,
-            pepper,
+            settings=settings,
+            dsn=dsn,
+            pool=pool,
+            log=log,
+            records=records,
+            key_ring=ring,
+            vault=vault.PostgresVault(pool, key),
+            bus=bus,
+            projector=projector,
+            db=db,
+            keys=HmacApiKeys(key),
+            secret=derive(key, "server"),
         )
 
 
@@ -162,13 +166,6 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
         )
         host = ProcessorHost(core.log, core.records, PROCESSORS, work)
 
-        def committed(records: Sequence[AnyRecord]) -> None:
-            history.observe(records)
-            feed.publish(records)
-            host.offer(records)
-            core.projector.offer(records)
-
-        core.bus.on_commit = committed
         server = Server(
             bus=core.bus,
             db=core.db,
@@ -177,16 +174,16 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
             records=core.records,
             rules=core.bus.rules,
             clock=utc_now,
-            keys=HmacApiKeys(core.pepper),
+            keys=core.keys,
             key_uses=identity.PostgresKeyUses(core.pool),
-            logins=identity.PostgresLogins(core.pool, derive(core.pepper, "e-mail addresses")),
+            logins=identity.PostgresLogins(core.pool, derive(core.secret, "e-mail addresses")),
             sessions=identity.PostgresSessions(core.pool),
             passwords=passwords,
             vault=core.vault,
             models=NumberedModels(registry),
             toolbox=OwnersToolbox(toolbox),
             base_url=settings.base_url,
-            signing_key=derive(core.pepper, "cursors"),
+            signing_key=derive(core.secret, "cursors"),
             caught_up=core.projector.caught_up,
             next_agent_number=lambda: _next_agent_number(core.pool),
             ready=lambda: _ready(core, host),
@@ -194,7 +191,17 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
             limits=Limits(session_s=settings.session_days * 86_400.0),
             version=__version__,
         )
-        yield Platform(core, feed, work, host, Sweeper(core.log, work), server)
+        app = create_app(server)
+
+        def committed(records: Sequence[AnyRecord]) -> None:
+            history.observe(records)
+            app.state.shared.on_records(records)
+            feed.publish(records)
+            host.offer(records)
+            core.projector.offer(records)
+
+        core.bus.on_commit = committed
+        yield Platform(core, feed, work, host, Sweeper(core.log, work), server, app)
 
 
 def _catalogue(settings: Settings, egress: EgressClient, operator_egress: EgressClient) -> ToolCatalogue:
@@ -216,7 +223,7 @@ async def _ready(core: Core, host: ProcessorHost) -> Sequence[Check]:
         heads = await core.log.heads()
     except LogUnavailable as failure:
         return [Check("database", False, str(failure))]
-    lag, waiting = core.projector.lag(heads), host.lag(heads)
+    lag, waiting = max(core.projector.lag().values(), default=0), host.lag(heads)
     poisoned = len(host.poisoned)
     return [
         Check("database", True),
