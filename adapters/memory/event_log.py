@@ -232,8 +232,9 @@ class _Locked:
             found.heads[event.shard] = max(found.heads.get(event.shard, 0), event.position)
             if event.shard in heads and event.position > heads[event.shard]:
                 found.newer.append(event)
-            if event.stream_id in found.streams:
-                found.streams[event.stream_id].append(event)
+            stream = found.streams.get(event.stream_id)
+            if stream is not None and len(stream) < STREAM_EVENTS_MAX:
+                stream.append(event)
         found.newer.sort(key=lambda event: (event.shard, event.position))
         return found
 

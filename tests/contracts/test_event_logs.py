@@ -21,6 +21,7 @@ from adapters.memory.event_log import MemoryEventLog
 from adapters.postgres.event_log import CALL_S, PostgresEventLog
 from adapters.postgres.pool import CONNECT_S
 from domain.event_log import (
+    STREAM_EVENTS_MAX,
     SYNC_EVENTS_MAX,
     Batch,
     CommandSeen,
@@ -28,6 +29,7 @@ from domain.event_log import (
     EventLog,
     HeadMoved,
     LogUnavailable,
+    Snapshot,
     StoredEvent,
 )
 from domain.ids import SHARDS, shard_of
@@ -359,6 +361,74 @@ async def test_read_stream_gives_the_last_events_ascending(log: EventLog, tenant
     assert await log.read_stream(shard, stream_id, 100) == events
     assert await log.read_stream(shard, stream_id, 0) == []
     assert await log.read_stream(shard, uuid4(), 2) == []
+
+
+async def test_read_stream_after_pages_through_a_stream(log: EventLog, tenant: UUID) -> None:
+    shard, stream_id = shard_of(tenant), uuid4()
+    events = await happened(log, tenant, stream_id, *range(1, 6))
+    await happened(log, tenant, uuid4(), 1)
+    assert await log.read_stream_after(shard, stream_id, 0, 2) == events[:2]
+    assert await log.read_stream_after(shard, stream_id, 2, 100) == events[2:]
+    assert await log.read_stream_after(shard, stream_id, 5, 2) == []
+    assert await log.read_stream_after(shard, uuid4(), 0, 2) == []
+
+
+async def test_sync_gives_the_first_events_of_a_very_long_stream(log: EventLog, tenant: UUID) -> None:
+    shard, stream_id = shard_of(tenant), uuid4()
+    events = await happened(log, tenant, stream_id, *range(1, STREAM_EVENTS_MAX + 3))
+    synced = await log.sync({}, [(shard, stream_id)])
+    assert synced.streams[stream_id] == events[:STREAM_EVENTS_MAX]
+    assert await log.read_stream_after(shard, stream_id, STREAM_EVENTS_MAX, 100) == events[STREAM_EVENTS_MAX:]
+    async with log.locked([shard]) as locked:
+        head = synced.heads[shard]
+        await locked.append(
+            Batch({shard: head}, [stored(tenant, head + 1, stream_id, STREAM_EVENTS_MAX + 3)])
+        )
+        assert (await locked.sync({}, [(shard, stream_id)])).streams[stream_id] == events[:STREAM_EVENTS_MAX]
+
+
+# --- snapshots and cursors
+
+
+def snapshot_of(tenant: UUID, stream_id: UUID, version: int, schema: str = "Test/1") -> Snapshot:
+    return Snapshot(shard_of(tenant), stream_id, version, tenant, schema, b"\x00state\xff")
+
+
+async def test_a_stream_begins_after_its_snapshot(log: EventLog, tenant: UUID) -> None:
+    shard, stream_id, other = shard_of(tenant), uuid4(), uuid4()
+    events = await happened(log, tenant, stream_id, *range(1, 6))
+    rest = await happened(log, tenant, other, 1)
+    await log.save_snapshot(snapshot_of(tenant, stream_id, 3))
+    synced = await log.sync({}, [(shard, stream_id), (shard, other)])
+    assert synced.snapshots == {stream_id: snapshot_of(tenant, stream_id, 3)}
+    assert synced.streams == {stream_id: events[3:], other: rest}
+    assert await log.read_stream(shard, stream_id, 5) == events
+
+
+async def test_a_snapshot_is_replaced_by_a_newer_one_or_one_of_another_form(
+    log: EventLog, tenant: UUID
+) -> None:
+    stream_id = uuid4()
+    await happened(log, tenant, stream_id, *range(1, 6))
+    for saved, kept in [
+        (snapshot_of(tenant, stream_id, 3), snapshot_of(tenant, stream_id, 3)),
+        (snapshot_of(tenant, stream_id, 2), snapshot_of(tenant, stream_id, 3)),
+        (snapshot_of(tenant, stream_id, 4), snapshot_of(tenant, stream_id, 4)),
+        (snapshot_of(tenant, stream_id, 1, "Test/2"), snapshot_of(tenant, stream_id, 1, "Test/2")),
+    ]:
+        await log.save_snapshot(saved)
+        synced = await log.sync({}, [(shard_of(tenant), stream_id)])
+        assert synced.snapshots == {stream_id: kept}
+
+
+async def test_a_reader_finds_how_far_it_has_come_and_never_goes_back(log: EventLog) -> None:
+    reader, other = f"reader-{uuid4()}", f"reader-{uuid4()}"
+    assert await log.cursor(reader) == {}
+    await log.save_cursor(reader, {1: 10, 2: 20})
+    await log.save_cursor(reader, {1: 11, 2: 19, 3: 0})
+    await log.save_cursor(other, {1: 1})
+    assert await log.cursor(reader) == {1: 11, 2: 20, 3: 0}
+    assert await log.cursor(other) == {1: 1}
 
 
 # --- locking
