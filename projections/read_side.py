@@ -67,6 +67,22 @@ class ReadSide:
             return await cursor.fetchall()
 
     @asynccontextmanager
+    async def snapshot(self, limit_s: float) -> AsyncIterator[Connection]:
+        """A connection that sees one instant of the whole database, for work that may take up to `limit_s`.
+
+        What it writes (temporary tables, say) is undone at the end.
+        """
+        try:
+            async with self._pool.connection(timeout=QUERY_S) as connection:
+                with self._deadline(connection, limit_s):
+                    async with connection.transaction(force_rollback=True):
+                        await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+                        await connection.execute("SET LOCAL statement_timeout = 0")
+                        yield connection
+        except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, OSError) as failure:
+            raise ReadSideUnavailable(str(failure)) from failure
+
+    @asynccontextmanager
     async def _connection(self) -> AsyncIterator[Connection]:
         try:
             async with self._pool.connection(timeout=QUERY_S) as connection:
