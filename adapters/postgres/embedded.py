@@ -101,6 +101,25 @@ async def embedded_postgres(data_dir: Path) -> AsyncIterator[str]:
             await asyncio.to_thread(server.stop)
 
 
+def running_dsn(data_dir: Path) -> str | None:
+    """The URL of the server that another process runs on this folder; None when none is ready there.
+
+    Takes and changes nothing. A server that outlived the program which started it does not count: whoever takes the
+    folder next ends it.
+    """
+    server = PostgresServer(data_dir)
+    try:
+        holder = next(iter(_lines(server.data_dir / "lock")), "")
+        lines = _lines(server.database_dir / "postmaster.pid")
+        if len(lines) < 8 or lines[7].strip() != "ready":
+            return None
+        process = psutil.Process(int(lines[0]))
+        serves = process.cmdline()[1:3] == ["-D", str(server.database_dir)]
+        return server.dsn if serves and str(process.ppid()) == holder else None
+    except (OSError, ValueError, psutil.Error):
+        return None
+
+
 class PostgresServer:
     """One server process on `<data_dir>/postgres`. Its methods block; the caller holds the folder."""
 

@@ -1,0 +1,79 @@
+"""How results reach people and programs: tables for the ones, JSON for the others."""
+
+from __future__ import annotations
+
+import os
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.console import Console
+from rich.table import Table
+
+PIPED_WIDTH = 240  # characters; nobody's terminal decides, so lines are not folded
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+
+
+def console() -> Console:
+    """Standard output: no markup, no guessing; colours only on a terminal and without NO_COLOR."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, width=width)
+
+
+def line(text: str = "", style: str | None = None) -> None:
+    """One line for people."""
+    console().print(text, style=style)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Rows for people; a column whose name ends in `>` is set to the right."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        shown.add_column(
+            column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold"
+        )
+    for row in rows:
+        shown.add_row(*(plain(cell) for cell in row))
+    console().print(shown)
+
+
+def instant(at: datetime | None) -> str:
+    """An instant for people, in UTC to the second; empty for none."""
+    return at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ") if at else ""
+
+
+def document(value: Any) -> None:
+    """One JSON document on one line, or indented on a terminal."""
+    indent = orjson.OPT_INDENT_2 if sys.stdout.isatty() else 0
+    _write(orjson.dumps(value, str, indent | orjson.OPT_NON_STR_KEYS | orjson.OPT_UTC_Z))
+
+
+def json_line(value: Any) -> None:
+    """One of many JSON documents, each on its line, at once."""
+    _write(orjson.dumps(value, str, orjson.OPT_NON_STR_KEYS | orjson.OPT_UTC_Z))
+
+
+def plain(text: str, chars_max: int | None = None) -> str:
+    """A text from outside on one line, without what would move the cursor or colour the screen."""
+    kept = "".join(char if unicodedata.category(char) not in _UNSEEN else " " for char in text)
+    kept = " ".join(kept.split())
+    return kept if chars_max is None or len(kept) <= chars_max else f"{kept[: chars_max - 1]}…"
+
+
+def tamed(text: str) -> str:
+    """A text from outside with its lines, without what would move the cursor or colour the screen."""
+    return "\n".join(plain(each) for each in text.splitlines())
+
+
+# Controls, surrogates, and the characters that change the direction of writing; joiners (Cf) of emoji are replaced too.
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def _write(encoded: bytes) -> None:
+    sys.stdout.write(encoded.decode() + "\n")
+    sys.stdout.flush()
