@@ -30,7 +30,8 @@ from commands.command import (
     noun_of,
 )
 from domain.aggregate import Root
-from domain.errors import NotFound, Refusal
+from domain.crash_points import crash_point
+from domain.errors import AlreadyExists, NotFound, Refusal
 from domain.event_log import (
     STREAM_EVENTS_MAX,
     Batch,
@@ -57,11 +58,15 @@ GROUP_MAX = 128  # commands in one transaction
 WAITING_MAX = 10_000  # commands in the queue; beyond it callers are told to come back
 ROUNDS_MAX = 8  # of loading what handlers ask for
 TRIES_MAX = 6  # of one group, against other writers and lost answers
+FREE_TRIES = 2  # before the shards are locked
 CACHED_MAX = 10_000  # aggregates in memory
 UNAVAILABLE_PAUSE_S = 0.2
 ACCEPTED = "accepted"
+NOTHING = None, None
 
 AggregateT = TypeVar("AggregateT", bound=Root)
+Place = tuple[int, UUID]  # a stream: its shard and its id
+Known = tuple[UUID | None, Root | None]  # whose an aggregate is, and the aggregate; None for what does not exist
 
 
 class Overloaded(Exception):
@@ -118,7 +123,8 @@ class Bus:
         self._saving: set[asyncio.Task[None]] = set()
         self._reading = asyncio.Lock()
         self._heads: dict[int, int] = {}
-        self._cache: OrderedDict[UUID, tuple[UUID | None, Root | None]] = OrderedDict()  # by whose it is
+        self._stale: set[int] = set()  # shards that others have appended to since their heads were read
+        self._cache: OrderedDict[Place, Known] = OrderedDict()
 
     async def execute(
         self,
@@ -173,15 +179,15 @@ class Bus:
             LogUnavailable: it must be loaded and the log cannot be reached.
         """
         shard = shard_of(tenant_id)
-        if id not in self._cache:
+        if (shard, id) not in self._cache:
             async with self._reading:
                 synced = await self._log.sync({}, [(shard, id)])
                 owner, found = await self._loaded(shard, id, synced)
             # Only a view of the very head that the cache stands at may join it.
             if self._heads.setdefault(shard, synced.heads[shard]) == synced.heads[shard]:
-                self._remember(id, owner, found)
+                self._remember((shard, id), owner, found)
         else:
-            owner, found = self._cache[id]
+            owner, found = self._cache[shard, id]
         if owner != tenant_id or not isinstance(found, aggregate_class):
             raise NotFound(noun_of(aggregate_class))
         return found
@@ -217,9 +223,14 @@ class Bus:
                 return None
             try:
                 # When others keep being faster, decide while they wait.
-                await (self._decide_and_append(group) if attempt < 2 else self._decide_under_lock(group))
+                if attempt < FREE_TRIES:
+                    await self._decide_and_append(group)
+                else:
+                    await self._decide_under_lock(group)
             except HeadMoved:
-                self._forget_shards(group)
+                self._stale.update(waiting.shard for waiting in group)
+                if attempt > FREE_TRIES:
+                    self._forget_shards(group)  # nobody was faster: what is in memory must be wrong
             except CommandSeen:
                 await self._answer_seen(group)
             except LogUnavailable as failure:
@@ -227,6 +238,8 @@ class Bus:
                 if attempt == TRIES_MAX - 1 or not await self._look_up_lost(group):
                     return _fail(group, failure)
             except Exception as failure:
+                # Whatever it broke off, memory may be half up to date.
+                self._forget_shards(group)
                 return await self._serve_one_by_one(group, failure)
         return _fail(group, LogUnavailable("other writers kept being faster"))
 
@@ -242,14 +255,16 @@ class Bus:
     async def _decide_and_append(self, group: Sequence[Waiting]) -> None:
         decided = await self._decide(group, self._log.sync)
         batch, events = await self._written(decided)
+        crash_point("command.before_append")
         at = await self._log.append(batch)
+        crash_point("command.after_append")
         self._commit(decided, batch, events, at)
 
     async def _decide_under_lock(self, group: Sequence[Waiting]) -> None:
         shards = sorted({waiting.shard for waiting in group})
         async with self._log.locked(shards) as locked:
-            self._forget_shards(group)
-            decided = await self._decide(group, locked.sync)
+            self._stale.update(shards)
+            decided = await self._decide(group, locked.sync, careful=True)
             batch, events = await self._written(decided)
             at = await locked.append(batch)
         self._commit(decided, batch, events, at)
@@ -273,22 +288,28 @@ class Bus:
     # --- deciding
 
     async def _decide(
-        self, group: Sequence[Waiting], sync: Callable[[dict[int, int], Streams], Any]
+        self,
+        group: Sequence[Waiting],
+        sync: Callable[[dict[int, int], Streams], Any],
+        careful: bool = False,
     ) -> list[Decided]:
+        """Decide the group on what is in memory and loaded; `careful` also looks whether new streams are new."""
         wanted = {
             (waiting.shard, id)
             for waiting in group
             for id in waiting.command.reads()
-            if id not in self._cache or waiting.shard not in self._heads
+            if (waiting.shard, id) not in self._cache or waiting.shard not in self._heads
         }
         wanted |= {
-            (waiting.shard, waiting.command_id) for waiting in group if waiting.shard not in self._heads
+            (waiting.shard, waiting.command_id)
+            for waiting in group
+            if waiting.shard not in self._heads or waiting.shard in self._stale
         }
         for _ in range(ROUNDS_MAX):
             if wanted:
                 await self._load(wanted, sync)
             now = self._clock()
-            overlay: dict[UUID, Root] = {}
+            overlay: dict[Place, Known] = {}
             decided: list[Decided] = []
             wanted = set()
             for waiting in group:
@@ -299,30 +320,35 @@ class Bus:
                 except Exception as bug:
                     log_of.exception("the handler of %s failed", type(waiting.command).__name__)
                     waiting.future.set_exception(bug)
+            if careful:
+                begun = ((one.waiting.shard, id) for one in decided for id in _begun(one.write))
+                wanted |= {place for place in begun if place not in self._cache}
             if not wanted:
                 return decided
             group = [waiting for waiting in group if not waiting.future.done()]
         raise RuntimeError(f"handlers still ask for streams after {ROUNDS_MAX} rounds: {wanted}")
 
-    def _decide_one(self, waiting: Waiting, overlay: dict[UUID, Root], now: datetime) -> Decided:
-        def known(id: UUID) -> Root | None:
-            found = overlay.get(id)
-            if found is not None:
-                return found
-            cached = self._cache.get(id)
-            if cached is None:
-                raise NotLoaded(id)
-            return cached[1] if cached[0] == command.tenant_id else None
+    def _decide_one(self, waiting: Waiting, overlay: dict[Place, Known], now: datetime) -> Decided:
+        command, shard = waiting.command, waiting.shard
 
-        command = waiting.command
+        def known(id: UUID) -> Root | None:
+            found = overlay.get((shard, id)) or self._cache.get((shard, id))
+            if found is None:
+                raise NotLoaded(id)
+            return found[1] if found[0] == command.tenant_id else None
+
         write = WriteSide(
             known, self.rules, now, waiting.command_id, waiting.actor, waiting.shard, command.tenant_id
         )
         try:
             result = HANDLERS[type(command)](command, write) or {}
+            for id in _begun(write):
+                place = shard, id
+                if place in overlay or self._cache.get(place, NOTHING)[1] is not None:
+                    raise AlreadyExists(noun_of(type(write.touched[id])))
         except Refusal as refusal:
             return Decided(waiting, write, {}, refusal)
-        overlay.update(write.touched)
+        overlay.update({(shard, id): (command.tenant_id, root) for id, root in write.touched.items()})
         return Decided(waiting, write, result, None)
 
     async def _load(
@@ -340,14 +366,17 @@ class Bus:
                 self._heads[shard] = head
             await self._follow(synced.newer)
             for shard, stream_id in wanted:
-                self._remember(stream_id, *await self._loaded(shard, stream_id, synced))
+                self._remember((shard, stream_id), *await self._loaded(shard, stream_id, synced))
+            self._stale -= shards
 
     async def _follow(self, newer: Sequence[StoredEvent]) -> None:
         """Bring cached aggregates up to date with what other processes wrote."""
-        for record in await self._records.open([row for row in newer if row.stream_id in self._cache]):
-            root = self._cache[record.stream_id][1]
+        followed = [row for row in newer if (row.shard, row.stream_id) in self._cache]
+        for record in await self._records.open(followed):
+            place = record.shard, record.stream_id
+            root = self._cache[place][1]
             root = root.fork() if root is not None else None
-            self._cache[record.stream_id] = record.tenant_id, record.event.mutate(root)
+            self._cache[place] = record.tenant_id, record.event.mutate(root)
 
     async def _loaded(self, shard: int, id: UUID, synced: Synced) -> tuple[UUID | None, Root | None]:
         """Whose an aggregate is, and the aggregate, as of the instant of `synced`."""
@@ -411,7 +440,11 @@ class Bus:
                     if snapshots.is_due(root, len(root.pending_events)):
                         self._keep(snapshots.taken(root, one.waiting.shard, one.waiting.command.tenant_id))
                     root.pending_events.clear()
-                    self._remember(id, one.waiting.command.tenant_id, root)
+                    place = one.waiting.shard, id
+                    if isinstance(root, Turn) and root.outcome is not None:
+                        self._cache.pop(place, None)  # an ended turn is rarely asked for again
+                    else:
+                        self._remember(place, one.waiting.command.tenant_id, root)
         records = [
             record_of(event, row._replace(recorded_at=at))
             for event, row in zip(events, batch.events, strict=True)
@@ -431,23 +464,29 @@ class Bus:
 
     # --- the cache
 
-    def _remember(self, id: UUID, owner: UUID | None, root: Root | None) -> None:
-        if isinstance(root, Turn) and root.outcome is not None:
-            self._cache.pop(id, None)  # an ended turn is rarely asked for again
-            return
-        self._cache[id] = (owner, root)
-        self._cache.move_to_end(id)
+    def _remember(self, place: Place, owner: UUID | None, root: Root | None) -> None:
+        self._cache[place] = owner, root
+        self._cache.move_to_end(place)
         if len(self._cache) > CACHED_MAX:
             self._cache.popitem(last=False)
 
     def _forget(self, shard: int) -> None:
         self._heads.pop(shard, None)
-        for id in [id for id, (owner, _) in self._cache.items() if owner is None or shard_of(owner) == shard]:
-            del self._cache[id]
+        for place in [place for place in self._cache if place[0] == shard]:
+            del self._cache[place]
 
     def _forget_shards(self, group: Sequence[Waiting]) -> None:
         for shard in {waiting.shard for waiting in group}:
             self._forget(shard)
+
+
+def _begun(write: WriteSide) -> list[UUID]:
+    """The streams that a handler began."""
+    return [
+        id
+        for id, root in write.touched.items()
+        if root.pending_events and root.pending_events[0].originator_version == 1
+    ]
 
 
 def _fail(group: Sequence[Waiting], failure: Exception) -> None:

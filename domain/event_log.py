@@ -145,6 +145,7 @@ class EventLog(Protocol):
         Raises:
             HeadMoved, CommandSeen: nothing was written.
             LogUnavailable: it is not known whether it was written; `commands` tells.
+            Exception: anything else is about the batch, which cannot be stored as it is; nothing was written.
         """
 
     def locked(self, shards: Sequence[int]) -> AbstractAsyncContextManager[LockedLog]:

@@ -163,7 +163,7 @@ class PostgresEventLog:
             try:
                 with deadline(connection, CALL_S):
                     return await _append(connection, batch)
-            except (HeadMoved, CommandSeen):
+            except (HeadMoved, CommandSeen, psycopg.DataError):
                 raise
             except BaseException as failure:
                 await self._drop_writer()
@@ -182,7 +182,7 @@ class PostgresEventLog:
                         query = "SELECT 1 FROM shard WHERE shard = ANY (%b) ORDER BY shard FOR UPDATE"
                         await connection.execute(query, (smallints(shards),))
                         yield _Locked(connection)
-            except (HeadMoved, CommandSeen):
+            except (HeadMoved, CommandSeen, psycopg.DataError):
                 raise
             except BaseException as failure:
                 await self._drop_writer()

@@ -115,7 +115,8 @@ BEGIN
     SELECT k.*, 1, at
       FROM unnest(c_shard, c_id, c_tenant, c_type, c_actor, c_digest, c_outcome, c_remembered, c_position, c_result) k
         ON CONFLICT (shard, command_id) DO UPDATE
-       SET outcome = excluded.outcome, remembered = excluded.remembered, position = excluded.position,
+       SET tenant_id = excluded.tenant_id, type = excluded.type, actor = excluded.actor, digest = excluded.digest,
+           outcome = excluded.outcome, remembered = excluded.remembered, position = excluded.position,
            result = excluded.result, recorded_at = excluded.recorded_at, attempts = c.attempts + 1
      WHERE NOT c.remembered;
     GET DIAGNOSTICS moved = ROW_COUNT;

@@ -1,0 +1,701 @@
+"""What the bus keeps, on the log in memory and on Postgres."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
+
+import pytest
+
+from commands.agent import ChangeAgent, CreateAgent
+from commands.bus import GROUP_MAX, Bus, Overloaded
+from commands.command import Command, IdempotencyKeyReused, Outcome, RefusedBefore, Result, WriteSide, handles
+from commands.credit_account import ChangePlan, GrantCredits, SettleHold
+from commands.turn import CancelTurn, SendMessage
+from commands.user import LogIn, RegisterUser
+from domain.agent import Agent
+from domain.conversation import Conversation
+from domain.credit_account import ChargeLine, CreditAccount, Origin
+from domain.errors import (
+    AlreadyExists,
+    Conflict,
+    ConversationBusy,
+    InsufficientCredits,
+    InvalidValue,
+    NotFound,
+    PlanLimitExceeded,
+    Refusal,
+)
+from domain.event_log import Batch, EventLog
+from domain.ids import CommandId, TurnId, UserId, account_of, agent_of, hold_of, shard_of
+from domain.money import ncr
+from domain.plans import UNLIMITED
+from domain.turn import Turn
+from domain.user import User
+from schemas.records import AnyRecord, Records
+from tests.commands.write_side import (
+    AGENT_NCR,
+    BY,
+    CREDITS,
+    TURN_NCR,
+    Owner,
+    account,
+    known,
+    log_of,
+    rules,
+    signed_up,
+)
+from tests.peers.log_rows import tenant_on
+
+PATIENCE_S = 20.0
+MEGABYTE = 1_000_000
+SEEDS = (1, 2, 3)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stumble(Command):
+    """A command whose handler has a bug."""
+
+
+@handles(Stumble)
+def stumble(command: Stumble, write: WriteSide) -> Result:
+    account = write.get(CreditAccount, account_of(command.tenant_id))
+    account.change_plan("enterprise")
+    raise ZeroDivisionError("a bug")
+
+
+class CountingLog:
+    """A log that counts what is written to it."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+        self.batches: list[Batch] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
+
+    async def append(self, batch: Batch) -> Any:
+        self.batches.append(batch)
+        return await self._log.append(batch)
+
+
+def another(bus: Bus, log: EventLog, records: Records) -> Bus:
+    """The bus of another process on the same log."""
+    return Bus(log, records, bus.rules)
+
+
+async def together(*asked: Any) -> list[Any]:
+    """What came of each, refusals and all."""
+    async with asyncio.timeout(PATIENCE_S):
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+
+def only(kind: type[T], results: Sequence[Any]) -> list[T]:
+    return [result for result in results if isinstance(result, kind)]
+
+
+async def row_of(log: EventLog, tenant_id: UUID, command_id: UUID) -> Any:
+    return (await log.commands([(shard_of(tenant_id), command_id)])).get(command_id)
+
+
+async def same_as_replayed(bus: Bus, log: EventLog, records: Records, owner: Owner, *ids: UUID) -> None:
+    """What the bus has in memory is what its events say."""
+    fresh = another(bus, log, records)
+    for aggregate_class, id in ((CreditAccount, account_of(owner.tenant_id)), (Agent, owner.agent_id)):
+        cached = await bus.read(aggregate_class, id, owner.tenant_id)
+        assert known(cached) == known(await fresh.read(aggregate_class, id, owner.tenant_id))
+    for id in ids:
+        cached_conversation = await bus.read(Conversation, id, owner.tenant_id)
+        assert known(cached_conversation) == known(await fresh.read(Conversation, id, owner.tenant_id))
+
+
+# --- once for ever
+
+
+async def test_a_command_id_is_served_once_and_answered_with_what_it_gave(
+    bus: Bus, log: EventLog, owner: Owner
+) -> None:
+    command, id = owner.message(), uuid4()
+    first = await bus.execute(command, by=BY, command_id=id)
+    events = await log_of(log, owner.tenant_id)
+    second = await bus.execute(command, by=BY, command_id=id)
+    assert not first.seen
+    assert second == Outcome(first.result, first.shard, first.position, seen=True)
+    assert await log_of(log, owner.tenant_id) == events
+
+
+async def test_a_command_id_is_served_once_also_by_another_process(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    command, id = owner.message(), uuid4()
+    first = await bus.execute(command, by=BY, command_id=id)
+    second = await another(bus, log, records).execute(command, by="another key", command_id=id)
+    assert (second.seen, second.result, second.position) == (True, first.result, first.position)
+    assert (await account(bus, owner)).held_ncr == TURN_NCR
+
+
+async def test_fifty_equal_commands_at_once_are_one(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    command, id = owner.message(), uuid4()
+    buses = (bus, another(bus, log, records))
+    outcomes = await together(
+        *(buses[number % 2].execute(command, by=BY, command_id=id) for number in range(50))
+    )
+    assert only(BaseException, outcomes) == []
+    assert Counter(outcome.seen for outcome in outcomes) == {True: 49, False: 1}
+    assert len({(outcome.position, str(outcome.result)) for outcome in outcomes}) == 1
+    assert (await account(another(bus, log, records), owner)).held_ncr == TURN_NCR
+
+
+async def test_another_payload_under_a_served_id_is_refused(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    id = uuid4()
+    command = owner.message("one thing")
+    await bus.execute(command, by=BY, command_id=id)
+    events = await log_of(log, owner.tenant_id)
+    for each in (bus, another(bus, log, records)):
+        with pytest.raises(IdempotencyKeyReused) as refused:
+            await each.execute(owner.message("another thing"), by=BY, command_id=id)
+        assert refused.value.code == "idempotency_key_reused"
+    assert await log_of(log, owner.tenant_id) == events
+
+
+async def test_another_payload_under_an_id_that_is_being_served_is_refused(bus: Bus, owner: Owner) -> None:
+    id = uuid4()
+    results = await together(
+        bus.execute(owner.message("one thing"), by=BY, command_id=id),
+        bus.execute(owner.message("another thing"), by=BY, command_id=id),
+    )
+    assert [type(result) for result in results] == [Outcome, IdempotencyKeyReused]
+
+
+async def test_a_digest_of_the_callers_own_decides_what_is_the_same(bus: Bus, owner: Owner) -> None:
+    id, turn_id = uuid4(), TurnId(uuid4())
+    digest = b"the bytes of the request"
+    await bus.execute(owner.message("So?", turn_id=turn_id), by=BY, command_id=id, digest=digest)
+    again = await bus.execute(owner.message("Or so?", turn_id=turn_id), by=BY, command_id=id, digest=digest)
+    assert again.seen
+
+
+# --- refusals
+
+
+async def test_a_refusal_is_recorded_and_writes_no_events(log: EventLog, records: Records) -> None:
+    bus = Bus(log, records, rules(AGENT_NCR))
+    owner = await signed_up(bus)
+    events, id = await log_of(log, owner.tenant_id), uuid4()
+    with pytest.raises(InsufficientCredits):
+        await bus.execute(owner.message(), by=BY, command_id=id)
+    assert await log_of(log, owner.tenant_id) == events
+    row = await row_of(log, owner.tenant_id, id)
+    assert (row.type, row.actor, row.outcome, row.position) == ("SendMessage", BY, "insufficient_credits", 0)
+    assert (await account(bus, owner)).available_ncr == 0
+
+
+async def test_a_refusal_that_may_pass_leaves_the_id_free(log: EventLog, records: Records) -> None:
+    bus = Bus(log, records, rules(AGENT_NCR))
+    owner = await signed_up(bus)
+    command, id = owner.message(), uuid4()
+    for _ in range(2):
+        with pytest.raises(InsufficientCredits):
+            await bus.execute(command, by=BY, command_id=id)
+    await bus.execute(
+        GrantCredits(
+            tenant_id=owner.tenant_id, grant_id=uuid4(), kind="purchase", amount_ncr=ncr("10"), expires_at=None
+        ),
+        by=BY,
+    )
+    assert not (await bus.execute(command, by=BY, command_id=id)).seen
+    assert (await bus.execute(command, by=BY, command_id=id)).seen
+    assert (await row_of(log, owner.tenant_id, id)).outcome == "accepted"
+
+
+async def test_an_id_left_free_may_be_used_for_something_else(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    first, id = owner.message(), uuid4()
+    await bus.execute(first, by=BY)
+    busy = owner.message("now", conversation_id=first.conversation_id, beginning="existing", when_busy="reject")
+    with pytest.raises(ConversationBusy):
+        await bus.execute(busy, by=BY, command_id=id)
+    other = owner.message("something else")
+    assert not (await bus.execute(other, by="another key", command_id=id)).seen
+    assert (await another(bus, log, records).execute(other, by=BY, command_id=id)).seen
+    with pytest.raises(IdempotencyKeyReused):
+        await bus.execute(busy, by=BY, command_id=id)
+    assert (await row_of(log, owner.tenant_id, id)).actor == "another key"
+
+
+async def test_a_remembered_refusal_is_served_for_ever(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    command, id = ChangePlan(tenant_id=owner.tenant_id, plan="imaginary"), uuid4()
+    with pytest.raises(InvalidValue) as refused:
+        await bus.execute(command, by=BY, command_id=id)
+    for each in (bus, another(bus, log, records)):
+        with pytest.raises(RefusedBefore) as again:
+            await each.execute(command, by=BY, command_id=id)
+        assert (again.value.code, str(again.value)) == (refused.value.code, str(refused.value))
+        assert again.value.facts == refused.value.facts
+
+
+async def test_a_stream_that_exists_is_not_begun_again(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    turn_id = TurnId(uuid4())
+    await bus.execute(owner.message(turn_id=turn_id), by=BY)
+    again, id = owner.message(turn_id=turn_id), uuid4()
+    for each, refusal in ((bus, AlreadyExists), (another(bus, log, records), RefusedBefore)):
+        results = await together(
+            each.execute(again, by=BY, command_id=id),
+            each.execute(again, by=BY),
+            each.execute(owner.message(), by=BY),
+        )
+        assert [type(result) for result in results] == [refusal, AlreadyExists, Outcome]
+    assert (await account(another(bus, log, records), owner)).held_ncr == 3 * TURN_NCR
+
+
+async def test_two_commands_that_begin_the_same_stream_at_once_begin_it_once(bus: Bus, owner: Owner) -> None:
+    turn_id = TurnId(uuid4())
+    results = await together(*(bus.execute(owner.message(turn_id=turn_id), by=BY) for _ in range(5)))
+    assert len(only(Outcome, results)) == 1
+    assert len(only(AlreadyExists, results)) == 4
+    assert (await account(bus, owner)).held_ncr == TURN_NCR
+
+
+# --- neighbours
+
+
+async def test_a_handlers_bug_fails_its_own_command_only(bus: Bus, log: EventLog, owner: Owner) -> None:
+    stumbling = Stumble(tenant_id=owner.tenant_id)
+    results = await together(
+        bus.execute(owner.message(), by=BY),
+        bus.execute(stumbling, by=BY),
+        bus.execute(owner.message(), by=BY),
+        bus.execute(stumbling, by=BY),
+    )
+    assert [type(result) for result in results] == [Outcome, ZeroDivisionError, Outcome, ZeroDivisionError]
+    assert (await account(bus, owner)).plan == "free"
+    assert (await account(bus, owner)).held_ncr == 2 * TURN_NCR
+
+
+async def test_a_refusal_leaves_nothing_behind_for_its_neighbours(log: EventLog, records: Records) -> None:
+    bus = Bus(log, records, rules(AGENT_NCR + TURN_NCR))
+    owner = await signed_up(bus)
+    results = await together(*(bus.execute(owner.message(), by=BY) for _ in range(3)))
+    assert [type(result) for result in results] == [Outcome, InsufficientCredits, InsufficientCredits]
+    assert (await account(bus, owner)).available_ncr == 0
+
+
+@pytest.mark.parametrize("bad", ["\0", "\ud800"])
+async def test_data_that_cannot_be_stored_fails_its_own_command_only(
+    bus: Bus, log: EventLog, owner: Owner, bad: str, request: pytest.FixtureRequest
+) -> None:
+    if "memory" in request.node.name:
+        pytest.skip("memory takes any text")
+    results = await together(
+        bus.execute(owner.message("before"), by=BY),
+        bus.execute(owner.message("between"), by=f"share:{bad}"),
+        bus.execute(owner.message("after"), by=BY),
+    )
+    assert [isinstance(result, Outcome) for result in results] == [True, False, True]
+    assert not isinstance(results[1], Refusal)
+    assert (await account(bus, owner)).held_ncr == 2 * TURN_NCR
+
+
+async def test_text_that_is_not_unicode_never_reaches_the_queue(bus: Bus, owner: Owner) -> None:
+    results = await together(
+        bus.execute(owner.message("\ud800"), by=BY), bus.execute(owner.message(), by=BY)
+    )
+    assert [type(result) for result in results] == [UnicodeEncodeError, Outcome]
+
+
+# --- groups
+
+
+async def test_waiting_commands_are_written_together(log: EventLog, records: Records) -> None:
+    counting = CountingLog(log)
+    bus = Bus(counting, records, rules())
+    owners = [await signed_up(bus) for _ in range(4)]
+    counting.batches.clear()
+    results = await together(*(bus.execute(owners[n % 4].message(), by=BY) for n in range(100)))
+    assert len(only(Outcome, results)) == 100
+    assert len(counting.batches) <= 2
+    assert max(len(batch.commands) for batch in counting.batches) <= GROUP_MAX
+    assert {shard_of(owner.tenant_id) for owner in owners} == set(counting.batches[-1].heads)
+
+
+async def test_a_group_has_a_limit(log: EventLog, records: Records) -> None:
+    counting = CountingLog(log)
+    bus = Bus(counting, records, rules())
+    owner = await signed_up(bus)
+    counting.batches.clear()
+    await together(*(bus.execute(owner.message(), by=BY) for _ in range(2 * GROUP_MAX + 1)))
+    assert [len(batch.commands) for batch in counting.batches] == [GROUP_MAX, GROUP_MAX, 1]
+
+
+async def test_events_come_back_in_the_order_in_which_they_were_decided(
+    bus: Bus, log: EventLog, owner: Owner
+) -> None:
+    heard: list[AnyRecord] = []
+    bus.on_commit = heard.extend
+    await together(*(bus.execute(owner.message(), by=BY) for _ in range(20)))
+    rows = await log_of(log, owner.tenant_id)
+    assert [(record.position, record.type) for record in heard] == [
+        (row.position, row.type) for row in rows[-len(heard) :]
+    ]
+    assert [row.position for row in rows] == list(range(1, len(rows) + 1))
+
+
+async def test_who_waits_hears_after_everybody_was_told(bus: Bus, owner: Owner) -> None:
+    told: list[CommandId] = []
+    bus.on_commit = lambda records: told.extend(CommandId(record.command_id) for record in records)
+    id = uuid4()
+    await bus.execute(owner.message(), by=BY, command_id=id)
+    assert id in told
+
+
+async def test_what_caused_a_command_is_kept_with_its_events(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    heard: list[AnyRecord] = []
+    bus.on_commit = heard.extend
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    first = uuid4()
+    await bus.execute(owner.message(), by=BY, command_id=first, traceparent=trace)
+    cause = heard[0]
+    await bus.execute(owner.message(), by="worker:1", caused_by=cause)
+    row = (await log_of(log, owner.tenant_id))[-1]
+    assert (row.correlation_id, row.causation_id, row.actor) == (first, cause.event_id, "worker:1")
+    assert row.traceparent == trace
+
+
+# --- money and limits under load
+
+
+async def test_a_hundred_messages_at_once_with_credit_for_ten_are_ten_turns(
+    log: EventLog, records: Records
+) -> None:
+    bus = Bus(log, records, rules(AGENT_NCR + 10 * TURN_NCR))
+    owner = await signed_up(bus)
+    buses = (bus, another(bus, log, records))
+    results = await together(
+        *(buses[number % 2].execute(owner.message(), by=BY) for number in range(100))
+    )
+    assert len(only(Outcome, results)) == 10
+    assert len(only(InsufficientCredits, results)) == 90
+    after = await account(another(bus, log, records), owner)
+    assert (after.available_ncr, after.held_ncr, len(after.holds)) == (0, 10 * TURN_NCR, 10)
+
+
+async def test_a_plans_limit_cannot_be_raced(log: EventLog, records: Records) -> None:
+    limits = {**UNLIMITED, "message": 5}
+    bus = Bus(log, records, rules(plans={"free": limits}))
+    owner = await signed_up(bus)
+    buses = (bus, another(bus, log, records))
+    results = await together(*(buses[n % 2].execute(owner.message(), by=BY) for n in range(40)))
+    assert len(only(Outcome, results)) == 5
+    assert len(only(PlanLimitExceeded, results)) == 35
+
+
+async def test_a_new_user_gets_the_free_credits_once(bus: Bus, log: EventLog, records: Records) -> None:
+    tenant = UserId(uuid4())
+    await bus.execute(RegisterUser(tenant_id=tenant, email="a@example.com", name="A"), by=BY)
+    buses = (bus, another(bus, log, records))
+    results = await together(*(buses[n % 2].execute(LogIn(tenant_id=tenant), by=BY) for n in range(20)))
+    assert Counter(outcome.result["first"] for outcome in results) == {True: 1, False: 19}
+    after = await another(bus, log, records).read(CreditAccount, account_of(tenant), tenant)
+    assert after.available_ncr == ncr(str(CREDITS))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_two_processes_on_one_account_lose_nothing(log: EventLog, records: Records, seed: int) -> None:
+    """Both hold, settle, grant and resend at random; the account is exact and its streams are dense."""
+    chance = random.Random(seed)
+    first = Bus(log, records, rules())
+    owner = await signed_up(first)
+    buses = (first, another(first, log, records))
+    price_ncr, granted_ncr = TURN_NCR, ncr("7")
+    held: list[TurnId] = []
+    spent, grants = 0, 0
+    open_turns: set[TurnId] = set()
+    for _ in range(6):
+        asked: list[tuple[Bus, Command, UUID]] = []
+        for _ in range(chance.randint(5, 30)):
+            asked.append((chance.choice(buses), owner.message(), uuid4()))
+        for turn_id in chance.sample(sorted(open_turns), min(len(open_turns), chance.randint(0, 12))):
+            lines = [ChargeLine("message", 1, price_ncr, "rc-1")]
+            settle = SettleHold(
+                tenant_id=owner.tenant_id,
+                hold_id=hold_of(turn_id),
+                lines=lines,
+                origin=Origin(turn_id=turn_id),
+            )
+            # The same from both, as after a redelivery.
+            asked += [(bus, settle, hold_of(turn_id)) for bus in buses]
+            spent, open_turns = spent + 1, open_turns - {turn_id}
+        grant = GrantCredits(
+            tenant_id=owner.tenant_id, grant_id=uuid4(), kind="promotion", amount_ncr=granted_ncr
+        )
+        asked += [(bus, grant, uuid4()) for bus in buses]
+        grants += 1
+        chance.shuffle(asked)
+        results = await together(*(bus.execute(command, by=BY, command_id=id) for bus, command, id in asked))
+        assert only(BaseException, results) == []
+        sent = [command.turn_id for _, command, _ in asked if isinstance(command, SendMessage)]
+        held, open_turns = held + sent, open_turns | set(sent)
+    for bus in (*buses, another(first, log, records)):
+        after = await account(bus, owner) if bus not in buses else await refreshed(bus, owner)
+        assert set(after.holds) == {hold_of(turn_id) for turn_id in open_turns}
+        assert after.held_ncr == price_ncr * len(open_turns)
+        expected_ncr = ncr(str(CREDITS)) - AGENT_NCR + grants * granted_ncr - spent * price_ncr
+        assert after.posted_ncr == expected_ncr
+        assert after.available_ncr == expected_ncr - after.held_ncr
+    await dense(log, owner.tenant_id)
+    await same_as_replayed(first, log, records, owner)
+
+
+async def refreshed(bus: Bus, owner: Owner) -> CreditAccount:
+    """The account after the bus had to look at the log."""
+    await bus.execute(ChangePlan(tenant_id=owner.tenant_id, plan="free"), by=BY)
+    return await account(bus, owner)
+
+
+async def dense(log: EventLog, tenant_id: UUID) -> None:
+    rows = await log_of(log, tenant_id)
+    assert [row.position for row in rows] == list(range(1, len(rows) + 1))
+    versions: dict[UUID, int] = {}
+    for row in rows:
+        assert row.stream_version == versions.get(row.stream_id, 0) + 1
+        versions[row.stream_id] = row.stream_version
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_what_is_kept_in_memory_equals_what_is_replayed(
+    bus: Bus, log: EventLog, records: Records, owner: Owner, seed: int
+) -> None:
+    chance = random.Random(seed)
+    buses = (bus, another(bus, log, records))
+    conversations = [owner.message().conversation_id for _ in range(3)]
+    turns: list[TurnId] = []
+    for _ in range(60):
+        turn_id = TurnId(uuid4())
+        commands: list[Command] = [
+            owner.message(
+                turn_id=turn_id,
+                conversation_id=chance.choice(conversations),
+                beginning="named",
+                name="thread",
+                when_busy=chance.choice(["queue", "reject"]),
+            ),
+            ChangeAgent(
+                tenant_id=owner.tenant_id,
+                agent_id=owner.agent_id,
+                patch={"configuration": {"temperature": chance.randint(0, 2), "nested": {"n": len(turns)}}},
+            ),
+        ]
+        if turns:
+            cancelled = chance.choice(turns)
+            commands.append(CancelTurn(tenant_id=owner.tenant_id, turn_id=cancelled))
+        command = chance.choice(commands)
+        result = (await together(chance.choice(buses).execute(command, by=BY)))[0]
+        assert isinstance(result, Outcome | Refusal), result
+        if isinstance(result, Outcome) and isinstance(command, SendMessage):
+            turns.append(turn_id)
+    for each in buses:
+        # Anything that is decided on both shows them what the other has written.
+        await refreshed(each, owner)
+        begun = [id for id in conversations if await exists(each, Conversation, id, owner)]
+        await same_as_replayed(each, log, records, owner, *begun)
+
+
+async def exists(bus: Bus, aggregate_class: type[Any], id: UUID, owner: Owner) -> bool:
+    try:
+        await bus.read(aggregate_class, id, owner.tenant_id)
+    except NotFound:
+        return False
+    return True
+
+
+async def test_an_ended_turn_is_read_from_the_log(bus: Bus, owner: Owner) -> None:
+    command = owner.message()
+    await bus.execute(command, by=BY)
+    await bus.execute(CancelTurn(tenant_id=owner.tenant_id, turn_id=command.turn_id), by=BY)
+    turn = await bus.read(Turn, command.turn_id, owner.tenant_id)
+    assert turn.outcome == "cancelled"
+    with pytest.raises(Conflict):
+        await bus.execute(CancelTurn(tenant_id=owner.tenant_id, turn_id=command.turn_id), by=BY)
+
+
+async def test_reading_while_writing_never_gives_less_than_was_written(bus: Bus, owner: Owner) -> None:
+    async def write() -> None:
+        for number in range(1, 31):
+            await bus.execute(owner.message(), by=BY)
+            assert (await account(bus, owner)).held_ncr >= number * TURN_NCR
+
+    async def read() -> None:
+        for _ in range(60):
+            await account(bus, owner)
+            await asyncio.sleep(0)
+
+    results = await together(write(), read())
+    assert results == [None, None]
+
+
+async def test_a_reader_that_was_first_does_not_spoil_what_is_decided_next(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    fresh = another(bus, log, records)
+    await account(fresh, owner)
+    await bus.execute(owner.message(), by=BY)
+    await fresh.execute(owner.message(), by=BY)
+    assert (await account(fresh, owner)).held_ncr == 2 * TURN_NCR
+
+
+# --- callers
+
+
+async def test_a_caller_that_goes_away_does_not_take_the_command_along(bus: Bus, owner: Owner) -> None:
+    command, id = owner.message(), uuid4()
+    caller = asyncio.create_task(bus.execute(command, by=BY, command_id=id))
+    await asyncio.sleep(0)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    await bus.drain()
+    assert (await bus.execute(command, by=BY, command_id=id)).seen
+
+
+async def test_a_refused_caller_that_went_away_leaves_no_noise(
+    bus: Bus, owner: Owner, caplog: pytest.LogCaptureFixture
+) -> None:
+    caller = asyncio.create_task(bus.execute(ChangePlan(tenant_id=owner.tenant_id, plan="no"), by=BY))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.wait({caller})
+    await bus.drain()
+    assert caplog.records == []
+
+
+async def test_more_than_may_wait_are_told_to_come_back(
+    bus: Bus, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("commands.bus.WAITING_MAX", 10)
+    results = await together(*(bus.execute(owner.message(), by=BY) for _ in range(30)))
+    assert len(only(Outcome, results)) == 10
+    assert len(only(Overloaded, results)) == 20
+    assert isinstance(await bus.execute(owner.message(), by=BY), Outcome)
+
+
+# --- tenants
+
+
+async def test_what_is_somebody_elses_does_not_exist(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    # On the same shard, where nothing but the check keeps them apart.
+    stranger = await signed_up(bus, tenant_on(shard_of(owner.tenant_id)))
+    theirs = owner.message()
+    await bus.execute(theirs, by=BY)
+    before = await log_of(log, owner.tenant_id)
+    for each in (bus, another(bus, log, records)):
+        for aggregate_class, id in (
+            (Agent, owner.agent_id),
+            (Conversation, theirs.conversation_id),
+            (Turn, theirs.turn_id),
+            (CreditAccount, account_of(owner.tenant_id)),
+            (User, owner.tenant_id),
+        ):
+            with pytest.raises(NotFound):
+                await each.read(aggregate_class, id, stranger.tenant_id)  # type: ignore[type-var]
+        for command in (
+            stranger.message(agent_id=owner.agent_id),
+            stranger.message(conversation_id=theirs.conversation_id, beginning="existing"),
+            CancelTurn(tenant_id=stranger.tenant_id, turn_id=theirs.turn_id),
+            ChangeAgent(tenant_id=stranger.tenant_id, agent_id=owner.agent_id, patch={"name": "mine"}),
+        ):
+            with pytest.raises(NotFound):
+                await each.execute(command, by=BY)
+    assert await log_of(log, owner.tenant_id) == before
+
+
+@pytest.mark.parametrize("apart", [0, 1])
+async def test_a_stream_of_another_tenant_is_never_continued(bus: Bus, owner: Owner, apart: int) -> None:
+    stranger = await signed_up(bus, tenant_on((shard_of(owner.tenant_id) + apart) % 32))
+    theirs = owner.message()
+    await bus.execute(theirs, by=BY)
+    taken = [
+        stranger.message(turn_id=theirs.turn_id),
+        stranger.message(conversation_id=theirs.conversation_id, beginning="named", name="x"),
+    ]
+    results = await together(
+        *(bus.execute(command, by=BY) for command in taken), bus.execute(stranger.message(), by=BY)
+    )
+    assert isinstance(results[2], Outcome)
+    for result in results[:2]:
+        # On another shard it is another stream; on the same one there is no second of its id.
+        assert isinstance(result, AlreadyExists if apart == 0 else Outcome)
+    assert (await bus.read(Turn, theirs.turn_id, owner.tenant_id)).owner_id == owner.tenant_id
+
+
+# --- large
+
+
+@pytest.mark.parametrize("chars", [300_000, MEGABYTE])
+async def test_large_messages_go_by_reference_and_come_back(
+    bus: Bus, log: EventLog, records: Records, owner: Owner, chars: int
+) -> None:
+    content = "ü" * (chars // 2)
+    command = owner.message(content)
+    await bus.execute(command, by=BY)
+    rows = await log_of(log, owner.tenant_id)
+    assert max(len(row.payload) + len(row.personal or b"") for row in rows) < 1_000
+    (record,) = [r for r in await records.open(rows) if isinstance(r.event, Conversation.MessageSent)]
+    assert record.event.content == content
+
+
+async def test_what_is_decided_together_is_kept_apart_by_tenant(bus: Bus, owner: Owner) -> None:
+    stranger = await signed_up(bus, tenant_on(shard_of(owner.tenant_id)))
+    elsewhere = await signed_up(bus, tenant_on((shard_of(owner.tenant_id) + 1) % 32))
+    theirs = owner.message()
+    stolen = [
+        who.message(**what)
+        for who in (stranger, elsewhere)
+        for what in (
+            {"agent_id": owner.agent_id},
+            {"conversation_id": theirs.conversation_id, "beginning": "existing"},
+        )
+    ]
+    results = await together(*(bus.execute(command, by=BY) for command in (theirs, *stolen)))
+    assert [type(result) for result in results] == [Outcome, *[NotFound] * len(stolen)]
+    assert (await account(bus, owner)).held_ncr == TURN_NCR
+
+
+async def test_a_large_configuration_goes_by_reference_and_comes_back(
+    bus: Bus, log: EventLog, records: Records
+) -> None:
+    prompt = "p" * 90_000 + "\N{GRINNING FACE}" * 10_000
+    owner = await signed_up(bus, configuration={"system_prompt": prompt, "notes": "n" * 90_000, "m": "ü" * 9_000})
+    change = {"configuration": {"notes": ["ü" * 50_000]}}
+    await bus.execute(ChangeAgent(tenant_id=owner.tenant_id, agent_id=owner.agent_id, patch=change), by=BY)
+    agent = await another(bus, log, records).read(Agent, owner.agent_id, owner.tenant_id)
+    assert agent.configuration["system_prompt"] == prompt
+    assert agent.configuration["notes"] == ["ü" * 50_000]
+
+
+async def test_an_agent_number_that_is_taken_is_refused(bus: Bus, owner: Owner) -> None:
+    taken = (await bus.read(Agent, owner.agent_id, owner.tenant_id)).number
+    assert agent_of(taken) == owner.agent_id
+    with pytest.raises(AlreadyExists):
+        await bus.execute(CreateAgent(tenant_id=owner.tenant_id, number=taken, name="Twin"), by=BY)
