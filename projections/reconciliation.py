@@ -6,10 +6,12 @@ them. One violation for each thing that is not as it must be; no violation means
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Protocol
 
-from projections.read_side import ReadSide
+from projections.read_side import Connection
 
 LIMIT_S = 600.0
 SHOWN_MAX = 1_000  # violations of one check
@@ -22,6 +24,13 @@ class Violation:
     check: str
     key: str
     detail: str
+
+
+class Snapshots(Protocol):
+    """What the auditor needs of a `ReadSide`."""
+
+    def snapshot(self, limit_s: float) -> AbstractAsyncContextManager[Connection]:
+        """A connection that sees one instant, and whose writes are undone."""
 
 
 # Each query gives (key, detail) of what violates it.
@@ -206,7 +215,7 @@ CHECKS: dict[str, str] = {
 }
 
 
-async def reconcile(db: ReadSide) -> list[Violation]:
+async def reconcile(db: Snapshots) -> list[Violation]:
     """Everything that violates a law, in the order of `CHECKS`; at most `SHOWN_MAX` of each.
 
     Sees one instant of the whole store, and may run beside everything else.

@@ -327,6 +327,10 @@ class Person:
             by="worker:credits",
         )
 
+    async def hold_expires(self, turn_id: TurnId) -> None:
+        self.world.clock.pass_(hours=3)
+        await self.does(ExpireHold(tenant_id=self.user_id, hold_id=hold_of(turn_id)))
+
     async def is_answered(self, text: str, answer: str, **where: Any) -> TurnId:
         turn_id = await self.asks(text, **where)
         await self.model_starts(turn_id)
@@ -409,10 +413,9 @@ async def fails(someone: Person) -> None:
     late = await someone.asks("Take your time.")
     await someone.model_starts(late)
     await someone.model_says(late, "Done.")
-    someone.world.clock.pass_(hours=3)
+    await someone.hold_expires(late)
     await someone.does(turns.EndOverdueTurn(tenant_id=tenant, turn_id=waiting[1]))
     await someone.settles(waiting[1])
-    await someone.does(ExpireHold(tenant_id=tenant, hold_id=hold_of(late)))
     await someone.settles(late, MESSAGE)
 
 
