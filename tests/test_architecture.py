@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {"domain", "commands", "projections", "stream_processors", "api", "schemas", "adapters", "oshaani"}
+OPTIONAL = {"aiokafka", "faust", "mcp", "qdrant_client"}  # The extras of pyproject.toml.
 DOMAIN_MAY_IMPORT = {"eventsourcing.domain"}
 
 
@@ -67,6 +68,24 @@ def test_no_installed_distribution_claims_the_name_of_a_layer():
         if name in LAYERS
     }
     assert not any(claimed.values()), claimed
+
+
+def test_everything_the_program_imports_is_in_its_lock():
+    locked = {
+        name.lower()
+        for name in re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text("utf-8"), re.M)
+    }
+    providers = packages_distributions()
+    unlocked = {
+        (path, module)
+        for layer in LAYERS
+        for path, module in imported_modules(layer)
+        if (name := module.split(".")[0]) not in sys.stdlib_module_names | LAYERS | OPTIONAL
+        and locked.isdisjoint(
+            distribution.lower().replace("_", "-") for distribution in providers.get(name, [])
+        )
+    }
+    assert unlocked == set()
 
 
 def test_dependencies_are_bounded_above():

@@ -23,8 +23,9 @@ from adapters.postgres.embedded import PostgresDidNotStart, PostgresServer, embe
 from adapters.postgres.programs import installed_package
 
 ROOT = Path(__file__).parents[3]
-START_S_MAX = 3.0
-STOP_S_MAX = 3.0
+# Measured alone: 0.1 to 0.4 s. These bounds leave room for a machine that runs other tests beside.
+START_S_MAX = 10.0
+STOP_S_MAX = 5.0
 WAIT_S_MAX = 20.0
 # Runs the embedded server until it is told to end, as `oshaani up` does.
 PROGRAM = """
