@@ -189,7 +189,9 @@ class Agent(Root):
         """
         _check_text("/name", name, 1, NAME_CHARS_MAX)
         _check_text("/description", description, 0, DESCRIPTION_CHARS_MAX)
-        configurations.check(configuration)
+        configurations.check_depth(configuration)
+        kept = configurations.merged({}, configuration)  # null means "unset", as in a patch
+        configurations.check(kept)
         return cls.begin(
             cls.Created,
             agent_of(number),
@@ -199,7 +201,7 @@ class Agent(Root):
             description=description,
             model_id=model_id,
             agent_type=agent_type,
-            configuration=configurations.merged({}, configuration),
+            configuration=kept,
             created_at=created_at,
         )
 

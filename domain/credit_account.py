@@ -332,6 +332,7 @@ class CreditAccount(Root):
         """
         if hold_id in self.holds:
             return
+        self.expire_holds(now)
         self.expire_grants(now)
         self._check_limit(meter, quantity, now, limits)
         if amount_ncr > self.available_ncr or self.available_ncr <= 0:
@@ -410,6 +411,12 @@ class CreditAccount(Root):
                 origin=origin,
             )
         self._warn_if_low()
+
+    def expire_holds(self, now: datetime) -> None:
+        """Give back every hold past its expiry. It outlives its turn's deadline by far, so no such turn is alive."""
+        # Holds are taken in the order in which they expire, but for a few that are settled at once.
+        while self.holds and (first := next(iter(self.holds.items())))[1].expires_at <= now:
+            self.expire_hold(HoldId(first[0]), now)
 
     def expire_hold(self, hold_id: HoldId, now: datetime) -> None:
         """Give back what was set aside for work that never reported. Whoever asks has made sure that it is not alive."""

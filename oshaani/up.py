@@ -70,6 +70,8 @@ async def served(running: Platform, listener: socket.socket) -> AsyncIterator[No
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=STREAMS_S,
                 server_header=False,
+                proxy_headers=False,
+                lifespan="off",
                 date_header=True,
             )
         )

@@ -61,8 +61,8 @@ _CLASSES = {root_class.TOPIC: root_class for root_class in STATES}  # type: igno
 
 def schema_of(root_class: type[Root]) -> str:
     """Names the form of a state; another form is another name."""
-    form = [(field.name, str(field.type)) for field in fields(STATES[root_class])]
-    digest = sha256(repr(form).encode()).hexdigest()[:16]
+    form = msgspec.json.encode(msgspec.json.schema(STATES[root_class]), order="deterministic")
+    digest = sha256(form).hexdigest()[:16]
     return f"{root_class.TOPIC}/{digest}"  # type: ignore[attr-defined]
 
 

@@ -192,6 +192,12 @@ def test_more_than_was_held_is_never_charged():
     before.when(settled(TURN_1, line(), line(TOOL_CALL))).then_refused(InvalidValue)
 
 
+def test_new_work_first_frees_what_expired_holds_still_set_aside():
+    before = given(opened(), granted("5"), held(TURN_1, "4"))
+    when = before.when(held(TURN_2, "4", at=NOON + HOUR))
+    when.then(CreditAccount.HoldExpired, CreditAccount.CreditsHeld, available_ncr=ncr("1"), held_ncr=ncr("4"))
+
+
 def test_a_hold_expires_at_its_time_and_not_before():
     before = given(opened, granted("50"), held(TURN_1, "3"))
     before.when(hold_expired(TURN_1, NOON + HOUR - timedelta(microseconds=1))).then(held_ncr=ncr("3"))
@@ -330,7 +336,8 @@ def test_quotas_are_whole_again_at_midnight_utc():
         PlanLimitExceeded, resets_in_s=1
     )
     midnight = datetime(2026, 3, 2, tzinfo=UTC)
-    before.when(held(TURN_2, "3", at=midnight, limits=limits)).then(Account.CreditsHeld, counts={MESSAGE: 1})
+    when = before.when(held(TURN_2, "3", at=midnight, limits=limits))
+    when.then(Account.HoldExpired, Account.CreditsHeld, counts={MESSAGE: 1})
     assert before.root.remaining(MESSAGE, midnight, limits) == 1
 
 
