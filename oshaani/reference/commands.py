@@ -51,7 +51,7 @@ def _shown(parameter: TyperArgument | TyperOption) -> str:
         word = (parameter.metavar or parameter.name or "").upper()
         return word if parameter.required else f"[{word}]"
     names = ", ".join((*parameter.opts, *parameter.secondary_opts))
-    return names if parameter.is_flag else f"{names} {(parameter.type.name or 'text').upper()}"
+    return names if parameter.is_flag else f"{names} {(parameter.metavar or parameter.name or '').upper()}"
 
 
 def _help_of(parameter: TyperArgument | TyperOption) -> str:
