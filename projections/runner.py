@@ -94,6 +94,7 @@ class Runner:
         self._behind = True  # the log has, or may have, what was not offered
         self._wake, self._urgent, self._ready = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._torn: set[int] = set()  # shards of the log that have a gap; looked at again with every poll
         self._poll_s = POLL_FIRST_S
         self._rebuilding = asyncio.Lock()
 
@@ -173,6 +174,7 @@ class Runner:
                     pause_s = PAUSE_FIRST_S
                 except _Overtaken:
                     self._behind = True
+                    self._tell_waiters()
                 except OUTAGE as failure:
                     log_of.warning("the read side waits %.1f s: %r", pause_s, failure)
                     self._behind = True
@@ -253,6 +255,7 @@ class Runner:
             self._heads[shard] = head
         for name, event_count in self.lag().items():
             self._metrics.lag(name, event_count)
+        self._torn.clear()
         return any(head > self._applied(shard) for shard, head in enumerate(self._heads))
 
     async def _step(self) -> None:
@@ -293,15 +296,21 @@ class Runner:
 
     async def _fetched(self) -> _Batch:
         """From the log."""
-        cursors = {shard: self._applied(shard) for shard in range(SHARDS)}
+        cursors = {shard: self._applied(shard) for shard in range(SHARDS) if shard not in self._torn}
         rows = await self._log.read_after(cursors, BATCH_MAX)
         self._behind = len(rows) == BATCH_MAX
         if self._behind:
             rows = _whole_commands(rows)
         lasts: dict[int, int] = {}
         for row in rows:
-            assert row.position == lasts.get(row.shard, cursors[row.shard]) + 1, "the log has a hole"
-            lasts[row.shard] = row.position
+            last = lasts.get(row.shard, cursors[row.shard])
+            if row.position == last + 1:
+                lasts[row.shard] = row.position
+            elif row.shard not in self._torn:
+                # Going on would lose what is missing without a trace; the other shards are unharmed.
+                log_of.error("shard %d of the log has a gap after position %d; it waits", row.shard, last)
+                self._torn.add(row.shard)
+        rows = [row for row in rows if row.position <= lasts.get(row.shard, 0)]
         handled = [projection.handled for projection in self._projections.values()]
         types = {name for each in handled for name in each}  # newer versions of these are found by open_some
         personal = {name for each in handled for name, how in each.items() if how.personal}
