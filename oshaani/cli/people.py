@@ -33,7 +33,6 @@ app.add_typer(user, name="user")
 app.add_typer(keys, name="keys")
 
 ACTOR = "operator:cli"
-PREFIX_CHARS = 4  # of the key id that people see
 
 Owner = Annotated[str, typer.Argument(help="Whose: an e-mail address, or the number of an agent.")]
 Email = Annotated[str, typer.Argument(help="E-mail address.")]
@@ -203,7 +202,7 @@ async def _create_key(owner: str, name: str) -> tuple[str, str]:
     async with open_core() as core:
         whose = await _owner_of(core, owner)
         key_id, key = core.keys.mint("user" if whose.agent_id is None else "agent")
-        prefix, digest = key[: key.index(key_id) + PREFIX_CHARS], core.keys.digest(key)
+        prefix, digest = key.rpartition("_")[0], core.keys.digest(key)
         if whose.agent_id is not None:
             issue = IssueAgentKey(
                 tenant_id=whose.tenant_id,

@@ -65,9 +65,11 @@ def plain(text: str, chars_max: int | None = None) -> str:
     return kept if chars_max is None or len(kept) <= chars_max else f"{kept[: chars_max - 1]}…"
 
 
-def tamed(text: str) -> str:
+def tamed(text: str, keep_indent: bool = False) -> str:
     """A text from outside with its lines, without what would move the cursor or colour the screen."""
-    return "\n".join(plain(each) for each in text.splitlines())
+    lines = text.splitlines()
+    indents = [len(each) - len(each.lstrip(" ")) if keep_indent else 0 for each in lines]
+    return "\n".join(" " * indent + plain(each) for indent, each in zip(indents, lines, strict=True))
 
 
 # Controls, surrogates, and the characters that change the direction of writing; joiners (Cf) of emoji are replaced too.
