@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,12 +62,15 @@ TRIES_MAX = 6  # of one group, against other writers and lost answers
 FREE_TRIES = 2  # before the shards are locked
 CACHED_MAX = 10_000  # aggregates in memory
 UNAVAILABLE_PAUSE_S = 0.2
+INSIST_S = 2.0  # after which a log that does not answer is not asked again before its callers are told
 ACCEPTED = "accepted"
 NOTHING = None, None
 
 AggregateT = TypeVar("AggregateT", bound=Root)
 Place = tuple[int, UUID]  # a stream: its shard and its id
-Known = tuple[UUID | None, Root | None]  # whose an aggregate is, and the aggregate; None for what does not exist
+Known = tuple[
+    UUID | None, Root | None
+]  # whose an aggregate is, and the aggregate; None for what does not exist
 
 
 class Overloaded(Exception):
@@ -92,6 +96,7 @@ class Waiting:
     traceparent: str | None
     shard: int
     future: asyncio.Future[Outcome]
+    tried: int = 0  # the position its last event has if the append under way succeeds
 
 
 @dataclass(slots=True)
@@ -217,6 +222,7 @@ class Bus:
                 self._by_id.pop(waiting.command_id, None)
 
     async def _serve(self, group: Sequence[Waiting]) -> None:
+        until = time.monotonic() + INSIST_S
         for attempt in range(TRIES_MAX):
             group = [waiting for waiting in group if not waiting.future.done()]
             if not group:
@@ -235,7 +241,8 @@ class Bus:
                 await self._answer_seen(group)
             except LogUnavailable as failure:
                 self._forget_shards(group)
-                if attempt == TRIES_MAX - 1 or not await self._look_up_lost(group):
+                late = attempt == TRIES_MAX - 1 or time.monotonic() > until
+                if late or not await self._look_up_lost(group):
                     return _fail(group, failure)
             except Exception as failure:
                 # Whatever it broke off, memory may be half up to date.
@@ -429,6 +436,7 @@ class Bus:
                     events.append(event)
                 batch.due.extend(one.write.due_changes.values())
             batch.commands.append(_row(one, position))
+            one.waiting.tried = position
         if objects:
             await self._records.store(objects)
         return batch, events
@@ -436,15 +444,7 @@ class Bus:
     def _commit(self, decided: Sequence[Decided], batch: Batch, events: Sequence[Any], at: datetime) -> None:
         for one in decided:
             if one.refusal is None:
-                for id, root in one.write.touched.items():
-                    if snapshots.is_due(root, len(root.pending_events)):
-                        self._keep(snapshots.taken(root, one.waiting.shard, one.waiting.command.tenant_id))
-                    root.pending_events.clear()
-                    place = one.waiting.shard, id
-                    if isinstance(root, Turn) and root.outcome is not None:
-                        self._cache.pop(place, None)  # an ended turn is rarely asked for again
-                    else:
-                        self._remember(place, one.waiting.command.tenant_id, root)
+                self._keep_decided(one)
         records = [
             record_of(event, row._replace(recorded_at=at))
             for event, row in zip(events, batch.events, strict=True)
@@ -461,6 +461,17 @@ class Bus:
                 one.waiting.future.exception()  # a caller that has gone away is no reason for a warning
             else:
                 one.waiting.future.set_result(Outcome(one.result, row.shard, row.position, seen=False))
+
+    def _keep_decided(self, one: Decided) -> None:
+        shard, tenant_id = one.waiting.shard, one.waiting.command.tenant_id
+        for id, root in one.write.touched.items():
+            if snapshots.is_due(root, len(root.pending_events)):
+                self._keep(snapshots.taken(root, shard, tenant_id))
+            root.pending_events.clear()
+            if isinstance(root, Turn) and root.outcome is not None:
+                self._cache.pop((shard, id), None)  # an ended turn is rarely asked for again
+            else:
+                self._remember((shard, id), tenant_id, root)
 
     # --- the cache
 
@@ -503,7 +514,9 @@ def _answer(waiting: Waiting, row: CommandRow) -> None:
     if row.digest != waiting.digest:
         waiting.future.set_exception(IdempotencyKeyReused("This key was used before for another request."))
     elif row.outcome == ACCEPTED:
-        waiting.future.set_result(Outcome(decode_json(row.result), row.shard, row.position, seen=True))
+        # A position is given out once: what stands there is this very command, whose answer was lost.
+        ours = row.position != 0 and row.position == waiting.tried
+        waiting.future.set_result(Outcome(decode_json(row.result), row.shard, row.position, seen=not ours))
     else:
         refusal = decode_json(row.result)
         waiting.future.set_exception(RefusedBefore(row.outcome, refusal["sentence"], refusal["facts"]))

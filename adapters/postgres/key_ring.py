@@ -14,12 +14,13 @@ from typing import LiteralString
 from uuid import UUID
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from psycopg import AsyncConnection, sql
+from psycopg import AsyncConnection, InterfaceError, OperationalError, sql
 from psycopg.rows import TupleRow
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from adapters.crypto import MasterKey, new_key, seal, unseal
 from adapters.postgres.pool import deadline
+from domain.event_log import LogUnavailable
 from domain.ports import KeyNotLoaded, SubjectErased
 
 TABLES = """
@@ -63,10 +64,17 @@ DATA_KEYS = KeyTable("data_key", "subject_id")
 
 @asynccontextmanager
 async def connected(pool: Pool) -> AsyncIterator[AsyncConnection[TupleRow]]:
-    """A connection of the pool, cut when the block takes longer than DATABASE_TIMEOUT_S."""
-    async with pool.connection(timeout=DATABASE_TIMEOUT_S) as connection:
-        with deadline(connection, DATABASE_TIMEOUT_S):
-            yield connection
+    """A connection of the pool, cut when the block takes longer than DATABASE_TIMEOUT_S.
+
+    Raises:
+        LogUnavailable: the database cannot be reached; the log lives in it too.
+    """
+    try:
+        async with pool.connection(timeout=DATABASE_TIMEOUT_S) as connection:
+            with deadline(connection, DATABASE_TIMEOUT_S):
+                yield connection
+    except (OperationalError, InterfaceError, PoolTimeout, OSError) as failure:
+        raise LogUnavailable(str(failure)) from failure
 
 
 class PostgresKeyRing:

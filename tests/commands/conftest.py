@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 
 import pytest
@@ -13,6 +13,7 @@ from commands.bus import Bus
 from domain.event_log import EventLog
 from schemas.records import Records
 from tests.commands.write_side import Owner, memory_records, rules, signed_up
+from tests.peers.databases import new_database
 
 Opened = Callable[[str], Awaitable[PostgresEventLog]]
 
@@ -32,9 +33,16 @@ async def opened() -> AsyncIterator[Opened]:
         yield open_log
 
 
+@pytest.fixture(scope="session")
+def shared_database_url(postgres_dsn: str) -> Iterator[str]:
+    """A database for many tests, each with tenants of its own: making one takes longer than most of them."""
+    with new_database(postgres_dsn) as url:
+        yield url
+
+
 @pytest.fixture
-async def postgres_log(database_url: str, opened: Opened) -> PostgresEventLog:
-    return await opened(database_url)
+async def postgres_log(shared_database_url: str, opened: Opened) -> PostgresEventLog:
+    return await opened(shared_database_url)
 
 
 @pytest.fixture(params=["memory", "postgres"])

@@ -42,6 +42,7 @@ from tests.commands.write_side import (
     AGENT_NCR,
     BY,
     CREDITS,
+    EVERYTHING,
     TURN_NCR,
     Owner,
     account,
@@ -209,7 +210,11 @@ async def test_a_refusal_that_may_pass_leaves_the_id_free(log: EventLog, records
             await bus.execute(command, by=BY, command_id=id)
     await bus.execute(
         GrantCredits(
-            tenant_id=owner.tenant_id, grant_id=uuid4(), kind="purchase", amount_ncr=ncr("10"), expires_at=None
+            tenant_id=owner.tenant_id,
+            grant_id=uuid4(),
+            kind="purchase",
+            amount_ncr=ncr("10"),
+            expires_at=None,
         ),
         by=BY,
     )
@@ -223,7 +228,9 @@ async def test_an_id_left_free_may_be_used_for_something_else(
 ) -> None:
     first, id = owner.message(), uuid4()
     await bus.execute(first, by=BY)
-    busy = owner.message("now", conversation_id=first.conversation_id, beginning="existing", when_busy="reject")
+    busy = owner.message(
+        "now", conversation_id=first.conversation_id, beginning="existing", when_busy="reject"
+    )
     with pytest.raises(ConversationBusy):
         await bus.execute(busy, by=BY, command_id=id)
     other = owner.message("something else")
@@ -312,9 +319,7 @@ async def test_data_that_cannot_be_stored_fails_its_own_command_only(
 
 
 async def test_text_that_is_not_unicode_never_reaches_the_queue(bus: Bus, owner: Owner) -> None:
-    results = await together(
-        bus.execute(owner.message("\ud800"), by=BY), bus.execute(owner.message(), by=BY)
-    )
+    results = await together(bus.execute(owner.message("\ud800"), by=BY), bus.execute(owner.message(), by=BY))
     assert [type(result) for result in results] == [UnicodeEncodeError, Outcome]
 
 
@@ -352,7 +357,7 @@ async def test_events_come_back_in_the_order_in_which_they_were_decided(
     assert [(record.position, record.type) for record in heard] == [
         (row.position, row.type) for row in rows[-len(heard) :]
     ]
-    assert [row.position for row in rows] == list(range(1, len(rows) + 1))
+    await dense(log, owner.tenant_id)
 
 
 async def test_who_waits_hears_after_everybody_was_told(bus: Bus, owner: Owner) -> None:
@@ -387,9 +392,7 @@ async def test_a_hundred_messages_at_once_with_credit_for_ten_are_ten_turns(
     bus = Bus(log, records, rules(AGENT_NCR + 10 * TURN_NCR))
     owner = await signed_up(bus)
     buses = (bus, another(bus, log, records))
-    results = await together(
-        *(buses[number % 2].execute(owner.message(), by=BY) for number in range(100))
-    )
+    results = await together(*(buses[number % 2].execute(owner.message(), by=BY) for number in range(100)))
     assert len(only(Outcome, results)) == 10
     assert len(only(InsufficientCredits, results)) == 90
     after = await account(another(bus, log, records), owner)
@@ -470,7 +473,7 @@ async def refreshed(bus: Bus, owner: Owner) -> CreditAccount:
 
 
 async def dense(log: EventLog, tenant_id: UUID) -> None:
-    rows = await log_of(log, tenant_id)
+    rows = await log.read_after({shard_of(tenant_id): 0}, EVERYTHING)
     assert [row.position for row in rows] == list(range(1, len(rows) + 1))
     versions: dict[UUID, int] = {}
     for row in rows:
@@ -686,7 +689,9 @@ async def test_a_large_configuration_goes_by_reference_and_comes_back(
     bus: Bus, log: EventLog, records: Records
 ) -> None:
     prompt = "p" * 90_000 + "\N{GRINNING FACE}" * 10_000
-    owner = await signed_up(bus, configuration={"system_prompt": prompt, "notes": "n" * 90_000, "m": "ü" * 9_000})
+    owner = await signed_up(
+        bus, configuration={"system_prompt": prompt, "notes": "n" * 90_000, "m": "ü" * 9_000}
+    )
     change = {"configuration": {"notes": ["ü" * 50_000]}}
     await bus.execute(ChangeAgent(tenant_id=owner.tenant_id, agent_id=owner.agent_id, patch=change), by=BY)
     agent = await another(bus, log, records).read(Agent, owner.agent_id, owner.tenant_id)
