@@ -452,7 +452,7 @@ class Bus:
         for record in records:
             self._heads[record.shard] = record.position
         if records:
-            self.on_commit(records)
+            self._tell(records)
         for one, row in zip(sorted(decided, key=lambda one: one.waiting.shard), batch.commands, strict=True):
             if one.waiting.future.done():
                 continue
@@ -472,6 +472,13 @@ class Bus:
                 self._cache.pop((shard, id), None)  # an ended turn is rarely asked for again
             else:
                 self._remember((shard, id), tenant_id, root)
+
+    def _tell(self, records: Sequence[AnyRecord]) -> None:
+        try:
+            self.on_commit(records)
+        except Exception:
+            # What is committed is committed, and served: those who missed it read it from the log.
+            log_of.exception("a listener failed on %d records", len(records))
 
     # --- the cache
 

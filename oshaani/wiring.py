@@ -191,16 +191,14 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
             limits=Limits(session_s=settings.session_days * 86_400.0),
             version=__version__,
         )
-        app = create_app(server)
-
         def committed(records: Sequence[AnyRecord]) -> None:
             history.observe(records)
-            app.state.shared.on_records(records)
             feed.publish(records)
             host.offer(records)
             core.projector.offer(records)
 
         core.bus.on_commit = committed
+        app = create_app(server)
         yield Platform(core, feed, work, host, Sweeper(core.log, work), server, app)
 
 
