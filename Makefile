@@ -5,7 +5,7 @@ PYTHON_BIN := $(VENV)/bin/python
 INSTALL := sh deploy/install.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lock wheel clean
+.PHONY: help run test check bench lock wheel clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -23,6 +23,15 @@ check: ## The part of `make test` that runs no test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+SECONDS_EACH := $(or $(SECONDS),4)
+N ?= 3000
+
+bench: ## Measure turns, appends and rebuilds beside their floors (N= turns, SECONDS= per append round)
+	@$(INSTALL) requirements-dev.lock
+	$(PYTHON_BIN) -m benchmarks.turns --turns $(N)
+	$(PYTHON_BIN) -m benchmarks.append --seconds $(SECONDS_EACH)
+	$(PYTHON_BIN) -m benchmarks.rebuild
 
 lock: ## Resolve the dependencies anew and write both lock files
 	@sh deploy/lock.sh
