@@ -74,6 +74,11 @@ class Story:
                 pass
 
     @property
+    def conversation_id(self) -> UUID | None:
+        """The conversation it is part of; None for a tool that was invoked by itself."""
+        return self.accepted.conversation_id if self.accepted else None
+
+    @property
     def status(self) -> Status:
         if self.ended is not None:
             return "completed" if isinstance(self.ended, Turn.Completed) else "failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 from fastapi import FastAPI
@@ -11,27 +12,67 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api import chat
+from api import (
+    agents,
+    api_keys,
+    auth,
+    billing,
+    chat,
+    conversations,
+    models,
+    operators,
+    requests,
+    simple,
+    tools,
+)
+from api.auth import Failures
 from api.bodies import problem_of_validation
 from api.call import Shared, call_of
 from api.edge import Edge
 from api.errors import Problem
 from api.metrics import HttpMetrics
+from api.openapi import document_of
 from api.principals import Principals
 from api.server import Server
+from schemas.records import AnyRecord
 
-ROUTERS = (chat.router,)
+# Routes are tried in this order: those on the path of every chat come first.
+ROUTERS = (
+    chat.router,
+    conversations.router,
+    requests.router,
+    simple.router,
+    agents.router,
+    api_keys.router,
+    tools.router,
+    models.router,
+    billing.router,
+    auth.router,
+    operators.router,
+)
 
 
 def create_app(server: Server) -> FastAPI:
-    """The application. `app.state.shared.on_records` must be told of everything this process commits."""
+    """The application. It hears of everything that `server.bus` commits, and leaves it to its earlier listener too."""
     app = FastAPI(
-        title="Oshaani", version=server.version, redirect_slashes=False, docs_url=None, redoc_url=None
+        title="Oshaani",
+        version=server.version,
+        redirect_slashes=False,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
     )
-    shared = Shared(server, Principals(server), HttpMetrics(server.metrics))
-    app.state.shared = shared
+    shared = Shared(server, Principals(server), HttpMetrics(server.metrics), Failures())
+    listener = server.bus.on_commit
+
+    def committed(records: Sequence[AnyRecord]) -> None:
+        shared.on_records(records)
+        listener(records)
+
+    server.bus.on_commit = committed
     for router in ROUTERS:
         app.include_router(router)
+    app.openapi = lambda: document_of(app, server.base_url)  # type: ignore[method-assign]
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_middleware(Edge, shared=shared)

@@ -18,6 +18,7 @@ from domain.ids import SHARDS, TurnId, UserId, shard_of
 from schemas.records import AnyRecord
 
 if TYPE_CHECKING:
+    from api.auth import Failures
     from api.metrics import HttpMetrics
     from api.principals import Principals
     from api.server import Server
@@ -77,6 +78,7 @@ class Shared:
     server: Server
     principals: Principals
     metrics: HttpMetrics
+    failures: Failures
     positions: Positions = field(default_factory=Positions)
 
     def on_records(self, records: Sequence[AnyRecord]) -> None:
@@ -91,6 +93,7 @@ class Call:
 
     __slots__ = (
         "client",
+        "given",
         "headers",
         "method",
         "path",
@@ -108,16 +111,20 @@ class Call:
         self.client: str = (scope.get("client") or ("", 0))[0]
         self.principal: Principal | None = None
         self.headers: list[tuple[bytes, bytes]] = []
-        given = {name: value for name, value in scope["headers"] if name in (b"traceparent", b"x-request-id")}
-        match = _TRACEPARENT.fullmatch(given.get(b"traceparent", b"").decode("latin-1"))
+        self.given: list[tuple[bytes, bytes]] = scope["headers"]
+        match = _TRACEPARENT.fullmatch(self.header(b"traceparent") or "")
         self.trace_id = match[1] if match else secrets.token_hex(16)
         self.traceparent = f"00-{self.trace_id}-{secrets.token_hex(8)}-01"
-        named = given.get(b"x-request-id", b"").decode("latin-1")
+        named = self.header(b"x-request-id") or ""
         self.request_id = named if _REQUEST_ID.fullmatch(named) else self.trace_id
 
     @property
     def server(self) -> Server:
         return self.shared.server
+
+    def header(self, name: bytes) -> str | None:
+        """A header of the request, by its name in lower case."""
+        return next((value.decode("latin-1") for each, value in self.given if each == name), None)
 
     def say(self, name: str, value: str) -> None:
         """Add a header to the answer."""
@@ -149,21 +156,26 @@ class Call:
             self.say("Idempotent-Replayed", "true")
         return outcome
 
-    async def reads(self, tenant_id: UUID, asked: str | None = None) -> None:
-        """Before a query: wait until the read models have what the tenant wrote through this process.
+    async def reads(self) -> None:
+        """Before a query: wait until the read models have what the caller's tenant wrote through this process.
 
-        `asked` is the position that a client brought along (`Oshaani-Min-Position`).
+        And, if the client brought one along (`Oshaani-Min-Position`), what is at that position.
         """
-        server, position = self.server, self.shared.positions.of(tenant_id)
-        shard = shard_of(tenant_id)
-        timeout_s = server.limits.read_wait_s
-        reached = not position or await server.caught_up(shard, position, timeout_s)
+        server, tenant_id = self.server, self.caller().owner_id
+        timeout_s, position = server.limits.read_wait_s, self.shared.positions.of(tenant_id)
+        reached = not position or await server.caught_up(shard_of(tenant_id), position, timeout_s)
         if reached and position:
             self.shared.positions.reached(tenant_id, position)
+        asked = self.header(b"oshaani-min-position")
         if reached and asked is not None:
             shard, position = position_of(asked)
             reached = await server.caught_up(shard, position, timeout_s)
         if not reached:
+            self.say("Oshaani-Position-Reached", "false")
+
+    async def shown(self, outcome: Outcome) -> None:
+        """Wait until the read models have what a command wrote, when the next request is likely to need it."""
+        if not await self.server.caught_up(outcome.shard, outcome.position, self.server.limits.read_wait_s):
             self.say("Oshaani-Position-Reached", "false")
 
 

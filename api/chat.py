@@ -13,7 +13,7 @@ from uuid import UUID
 
 import orjson
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -92,6 +92,36 @@ class InvokeBody(Body):
 
     action: Annotated[str, Field(min_length=1, max_length=64, description="The name of the tool.")]
     parameters: dict[str, Any] = Field(default_factory=dict, description="Its arguments.")
+
+
+class ToolCallData(BaseModel):
+    """A tool that was called. `outcome`: succeeded, failed, timed_out, refused or unknown."""
+
+    tool_name: str
+    parameters: dict[str, Any] | str
+    result: str | None
+    outcome: str | None = None
+
+
+class ChatAnswer(BaseModel):
+    """An answer (SOP §5.2.4)."""
+
+    response: str | None
+    tool_calls: list[ToolCallData]
+    conversation_id: str | None
+    iterations: int
+    request_id: str | None = None
+    finish: str | None = None
+
+
+class InvokeAnswer(BaseModel):
+    """What a tool gave."""
+
+    tool_name: str
+    parameters: dict[str, Any]
+    result: str
+    outcome: str
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-from starlette.requests import Request
-
 from api.call import Call
 from api.errors import invalid
 
@@ -22,13 +20,13 @@ def say_version(call: Call, version: int) -> None:
     call.say("ETag", tag_of(version))
 
 
-def expected_version(request: Request) -> int | None:
+def expected_version(call: Call) -> int | None:
     """The version that the caller has seen and wants to change; None for "whatever it is".
 
     Raises:
         Problem: If-Match is not an entity tag of ours.
     """
-    header = request.headers.get("if-match")
+    header = call.header(b"if-match")
     if header is None or header.strip() == "*":
         return None
     match = _TAG.fullmatch(header.strip())
@@ -37,9 +35,9 @@ def expected_version(request: Request) -> int | None:
     return int(match[1])
 
 
-def is_known(request: Request, tag: str) -> bool:
+def is_known(call: Call, tag: str) -> bool:
     """Whether the caller has this version already (If-None-Match)."""
-    header = request.headers.get("if-none-match")
+    header = call.header(b"if-none-match")
     if header is None:
         return False
     known = [each.strip().removeprefix("W/") for each in header.split(",")]

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 from uuid import UUID
 
 import msgspec
-from fastapi import Query
+from fastapi import Depends, Query
 from starlette.requests import Request
 
 from api.call import Call
@@ -25,12 +25,28 @@ SIGNATURE_BYTES = 12
 
 RowT = TypeVar("RowT")
 
-LimitQuery = Annotated[
+Limit = Annotated[
     int, Query(ge=1, le=LIMIT_MAX, description="How many entries, at most 200.", examples=[LIMIT_DEFAULT])
 ]
-CursorQuery = Annotated[
+Cursor = Annotated[
     str | None, Query(max_length=500, description="`next_cursor` of the page before.", examples=[None])
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Paging:
+    """Which page of a list is asked for."""
+
+    limit: int
+    cursor: str | None
+    query: dict[str, str]
+
+
+async def _paging(request: Request, limit: Limit = LIMIT_DEFAULT, cursor: Cursor = None) -> Paging:
+    return Paging(limit, cursor, dict(request.query_params))
+
+
+PagingDep = Annotated[Paging, Depends(_paging)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +84,22 @@ def after_row(call: Call, cursor: str | None, scope: str) -> tuple[datetime, UUI
 
 
 def page_of(
-    call: Call, request: Request, scope: str, found: Sequence[RowT], key: Callable[[RowT], Sequence[Any]]
+    call: Call, paging: Paging, scope: str, found: Sequence[RowT], key: Callable[[RowT], Sequence[Any]]
 ) -> Page:
     """The page of a list from one row more than the limit, which tells whether there is a next. Adds the Link header."""
-    limit = int(request.query_params.get("limit", LIMIT_DEFAULT))
-    shown = list(found[:limit])
-    if len(found) <= limit:
+    shown = list(found[: paging.limit])
+    if len(found) <= paging.limit:
         return Page(shown, None)
-    content = msgspec.json.encode([_plain(part) for part in key(shown[-1])])
-    cursor = urlsafe_b64encode(_signature(call, content, scope) + content).rstrip(b"=").decode()
-    query = urlencode({**dict(request.query_params), "cursor": cursor})
+    cursor = cursor_after(call, scope, key(shown[-1]))
+    query = urlencode({**paging.query, "cursor": cursor})
     call.say("Link", f'<{call.server.base_url}{call.path}/?{query}>; rel="next"')
     return Page(shown, cursor)
+
+
+def cursor_after(call: Call, scope: str, key: Sequence[Any]) -> str:
+    """The cursor of the page that begins after a row's sort key."""
+    content = msgspec.json.encode([_plain(part) for part in key])
+    return urlsafe_b64encode(_signature(call, content, scope) + content).rstrip(b"=").decode()
 
 
 def _signature(call: Call, content: bytes, scope: str) -> bytes:

@@ -121,31 +121,34 @@ class Principals:
                 case User.ApiKeyRevoked(key_id=key_id) | Agent.KeyRevoked(key_id=key_id):
                     _remember(self._revoked, key_id, None)
                 case Agent.Published() | Agent.Unpublished() | Agent.Deleted():
-                    self._forget_agent(record.stream_id)
+                    self.forget_agent(record.stream_id)
                 case _:
                     pass
 
-    def _forget_agent(self, agent_id: UUID) -> None:
+    def forget_agent(self, agent_id: UUID) -> None:
+        """What was known of an agent's keys may have changed: look them up again."""
         for key_id, (_, row) in list(self._keys.items()):
             if row is not None and row.agent_id == agent_id:
                 del self._keys[key_id]
 
     # --- sessions
 
-    async def begin_session(self, user_id: UserId, response: Response) -> str:
-        """Log a browser in: a new token, its cookie, and the CSRF token that its pages send along."""
+    async def begin_session(self, user_id: UUID) -> tuple[str, str]:
+        """Log a browser in. Returns its new token, and the CSRF token that its pages send along."""
         token = secrets.token_urlsafe(TOKEN_BYTES)
         digest = hashlib.sha256(token.encode()).digest()
-        lasts_s = self._server.limits.session_s
-        await self._server.sessions.begin(
-            Session(digest, user_id, self._server.clock() + timedelta(seconds=lasts_s))
-        )
-        csrf = self.csrf_token(digest)
-        for name, value, hidden in ((self.session_cookie, token, True), (self.csrf_cookie, csrf, False)):
+        expires_at = self._server.clock() + timedelta(seconds=self._server.limits.session_s)
+        await self._server.sessions.begin(Session(digest, user_id, expires_at))
+        return token, self.csrf_token(digest)
+
+    def set_cookies(self, response: Response, session_token: str, csrf_token: str) -> None:
+        """Give a browser its session; pages can read the CSRF token, not the session's."""
+        lasts_s = int(self._server.limits.session_s)
+        for name, value in ((self.session_cookie, session_token), (self.csrf_cookie, csrf_token)):
+            hidden = name == self.session_cookie
             response.set_cookie(
-                name, value, int(lasts_s), path="/", secure=self._secure, httponly=hidden, samesite="lax"
+                name, value, lasts_s, path="/", secure=self._secure, httponly=hidden, samesite="lax"
             )
-        return csrf
 
     async def end_session(self, principal: Principal, response: Response) -> None:
         """Log the calling browser out."""

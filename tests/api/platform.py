@@ -1,0 +1,305 @@
+"""A whole server for the tests of the HTTP layer: real HTTP, log, processors and read models; a scripted model.
+
+It runs in a thread with a loop of its own, once for all tests of a run; each test registers people of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import count
+from typing import Annotated, Any
+
+import uvicorn
+from pydantic import Field
+
+from adapters.api_keys import HmacApiKeys
+from adapters.egress.client import EgressClient
+from adapters.memory.identity import MemoryKeyUses, MemoryLogins, MemorySessions
+from adapters.memory.key_ring import MemoryKeyRing
+from adapters.memory.object_store import MemoryObjectStore
+from adapters.memory.turn_feed import MemoryTurnFeed
+from adapters.memory.vault import MemoryVault
+from adapters.passwords import Argon2Passwords
+from adapters.postgres.event_log import PostgresEventLog
+from adapters.postgres.pool import deadline, open_pool
+from adapters.tools.catalogue import ToolCatalogue
+from adapters.tools.tool import tool
+from api.app import create_app
+from api.server import Check, Limits, NumberedModel, Server
+from commands.bus import Bus
+from commands.command import Rules
+from domain.event_log import LogUnavailable
+from domain.plans import plans_with
+from domain.ports import (
+    Effect,
+    Message,
+    ModelCard,
+    ModelErrorClass,
+    ModelFault,
+    ModelReply,
+    ModelRequest,
+    TokenUsage,
+    ToolFailed,
+    ToolRequest,
+)
+from oshaani.processor_host import ProcessorHost
+from oshaani.toolbox import OwnersToolbox, ServerToolbox
+from projections.read_side import ReadSide
+from projections.runner import Runner
+from schemas.records import AnyRecord, Records
+from stream_processors.agent_turns import agent_turns
+from stream_processors.credit_debits import credit_debits
+from stream_processors.history import ConversationHistory
+from stream_processors.processor import Work
+from stream_processors.sweeper import Sweeper
+from stream_processors.tool_calls import tool_calls
+
+MASTER_KEY = bytes(range(32))
+SIGNING_KEY = bytes(range(32, 64))
+CARD = ModelCard("scripted:one", "scripted", "Scripted", True, False, None, "free")
+STARTED_S = 20.0
+GATE_S = 20.0
+_DIRECTIVE = re.compile(r"\[\[(\w+)\s*([^\]]*)\]\]")
+
+
+@tool(timeout_s=5.0, effect=Effect.PURE)
+async def echo(text: Annotated[str, Field(max_length=1000)]) -> str:
+    """Say the text again."""
+    if text == "fail":
+        raise ToolFailed("The echo is broken.")
+    return f"echo: {text}"
+
+
+@tool(timeout_s=5.0, effect=Effect.PURE, missing=lambda: "This server has no crystal ball; buy one.")
+async def oracle(question: str) -> str:
+    """Tell the future."""
+    return question
+
+
+class ScriptedModel:
+    """Does what the last message asks for in double square brackets.
+
+    [[tool NAME {json}]] asks for the tool once, then repeats its result; [[gate NAME]] writes half of its answer and
+    waits until `open_gate(NAME)`; [[fail CLASS]] fails; [[flaky]] fails at the first attempt, after a few words.
+    """
+
+    def __init__(self) -> None:
+        self.gates: dict[str, threading.Event] = {}
+        self._tries: dict[str, int] = {}
+
+    def open_gate(self, name: str) -> None:
+        self.gates.setdefault(name, threading.Event()).set()
+
+    async def resolve(self, model_id: int) -> ModelCard | None:
+        return CARD
+
+    async def complete(
+        self, name: str, request: ModelRequest, on_text: Callable[[str], None] | None = None
+    ) -> ModelReply:
+        say = on_text or (lambda text: None)
+        asked = next(m.content for m in reversed(request.messages) if m.role == "user")
+        results = _results(request.messages)
+        wish = _DIRECTIVE.search(asked)
+        match wish.group(1) if wish else None, wish.group(2) if wish else "":
+            case "tool", words if not results:
+                tool_name, _, arguments = words.partition(" ")
+                wanted = ToolRequest("call_1", tool_name, json.loads(arguments or "{}"))
+                return ModelReply("", (wanted,), "tool_calls", TokenUsage(3, 2))
+            case "gate", gate:
+                say("Half of ")
+                await self._wait(gate)
+                say("it.")
+                return ModelReply("Half of it.", usage=TokenUsage(3, 2))
+            case "fail", error_class:
+                raise ModelFault(ModelErrorClass(error_class), "The scripted model will not.")
+            case "flaky", key if self._tries.setdefault(key, 0) == 0:
+                self._tries[key] += 1
+                say("These words are ")
+                raise ModelFault(ModelErrorClass.OVERLOADED, "Not now.", retry_after_s=0.01)
+            case _:
+                text = f"The tool said: {results[-1]}" if results else f"You said: {asked}"
+                for word in re.findall(r"\S+\s*", text):
+                    say(word)
+                return ModelReply(text, usage=TokenUsage(3, 2))
+
+    async def _wait(self, name: str) -> None:
+        gate = self.gates.setdefault(name, threading.Event())
+        async with asyncio.timeout(GATE_S):
+            while not gate.is_set():
+                await asyncio.sleep(0.005)
+
+
+def _results(messages: Sequence[Message]) -> list[str]:
+    last = max(index for index, message in enumerate(messages) if message.role == "user")
+    return [message.content for message in messages[last:] if message.role == "tool"]
+
+
+class Models:
+    """What the server offers: the scripted model as number 1."""
+
+    async def cards(self) -> Sequence[NumberedModel]:
+        return [NumberedModel(1, CARD)]
+
+    def knows(self, model_id: int) -> bool:
+        return model_id == 1
+
+
+class Breakable(PostgresEventLog):
+    """A log that can be unreachable."""
+
+    broken = False
+
+    async def append(self, batch: Any) -> datetime:
+        if self.broken:
+            raise LogUnavailable("broken by the test")
+        return await super().append(batch)
+
+
+@dataclass(slots=True)
+class Platform:
+    """A running server and what tests may turn on it."""
+
+    base_url: str
+    loop: asyncio.AbstractEventLoop
+    server: Server
+    model: ScriptedModel
+    log: Breakable
+    app: Any
+    passwords: dict[str, str] = field(default_factory=dict)
+
+    def run(self, work: Any) -> Any:
+        """Run a coroutine where the server runs."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(STARTED_S)
+
+
+@asynccontextmanager
+async def _served(database_url: str) -> AsyncIterator[Platform]:
+    from projections import checkpoints
+
+    clock = lambda: datetime.now(UTC)  # noqa: E731
+    log = Breakable(database_url)
+    await log.migrate()
+    await log.open()
+    records = Records(MemoryKeyRing(), MemoryObjectStore())
+    rules = Rules(plans_with({"free": {"message": 200, "agent_create": 20}}), turn_deadline_s=60.0)
+    bus = Bus(log, records, rules)
+    numbers = count(1)
+    async with open_pool(database_url, 4) as pool:
+        projector = Runner(pool, deadline, log, records)
+        db = ReadSide(pool, deadline, projector.caught_up)
+        model, feed, vault, egress = ScriptedModel(), MemoryTurnFeed(), MemoryVault(), EgressClient()
+        toolbox = ServerToolbox(ToolCatalogue(echo, oracle), egress, vault)
+        history = ConversationHistory(log, records)
+        work = Work("tests/1", bus, model, toolbox, history, feed, clock, 30.0)
+        host = ProcessorHost(log, records, (agent_turns, tool_calls, credit_debits), work)
+        sweeper = Sweeper(log, work)
+        passwords = Argon2Passwords()
+        listener = socket.create_server(("127.0.0.1", 0))
+        base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        def committed(batch: Sequence[AnyRecord]) -> None:
+            history.observe(batch)
+            feed.publish(batch)
+            host.offer(batch)
+            projector.offer(batch)
+
+        async def next_number() -> int:
+            return next(numbers)
+
+        async def ready() -> Sequence[Check]:
+            return [Check("database", not log.broken)]
+
+        bus.on_commit = committed
+        server = Server(
+            bus=bus,
+            db=db,
+            feed=feed,
+            log=log,
+            records=records,
+            rules=rules,
+            clock=clock,
+            keys=HmacApiKeys(MASTER_KEY),
+            key_uses=MemoryKeyUses(),
+            logins=MemoryLogins(),
+            sessions=MemorySessions(),
+            passwords=passwords,
+            vault=vault,
+            models=Models(),
+            toolbox=OwnersToolbox(toolbox),
+            base_url=base_url,
+            signing_key=SIGNING_KEY,
+            caught_up=projector.caught_up,
+            next_agent_number=next_number,
+            ready=ready,
+            limits=Limits(sync_timeout_s=3.0, heartbeat_s=1.5),
+            version="0.0.0",
+        )
+        app = create_app(server)
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        http = _Http(config)
+        works = (projector.run(), host.run(), sweeper.beat(), sweeper.run(), http.serve([listener]))
+        tasks = [asyncio.create_task(each) for each in works]
+        while not http.started:
+            await asyncio.sleep(0.01)
+        try:
+            yield Platform(base_url, asyncio.get_running_loop(), server, model, log, app)
+        finally:
+            http.should_exit = True
+            await asyncio.wait(tasks[-1:], timeout=5)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=5)
+            await work.drain(1.0)
+            await egress.close()
+            await passwords.close()
+            await log.close()
+
+
+class _Http(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextmanager
+def running(database_url: str) -> Iterator[Platform]:
+    """A server in a thread of its own."""
+    ready, stop = threading.Event(), threading.Event()
+    found: list[Platform] = []
+    failures: list[BaseException] = []
+
+    async def serve() -> None:
+        async with _served(database_url) as platform:
+            found.append(platform)
+            ready.set()
+            while not stop.is_set():
+                await asyncio.sleep(0.05)
+
+    def main() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as failure:
+            failures.append(failure)
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=main, name="platform")
+    thread.start()
+    try:
+        assert ready.wait(STARTED_S)
+        if failures:
+            raise failures[0]
+        yield found[0]
+    finally:
+        stop.set()
+        thread.join(STARTED_S)
+    if failures:
+        raise failures[0]
