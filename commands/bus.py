@@ -18,6 +18,8 @@ from hashlib import sha256
 from typing import Any, Protocol, TypeVar
 from uuid import UUID, uuid4
 
+from eventsourcing.domain import AggregateEvent
+
 from commands.command import (
     HANDLERS,
     Command,
@@ -51,7 +53,7 @@ from domain.ports import Clock
 from domain.turn import Turn
 from schemas import snapshots
 from schemas.codec import decode_json, encode_json
-from schemas.records import AnyRecord, Records, record_of
+from schemas.records import AnyRecord, Records, Sealed, record_of
 
 log_of = logging.getLogger(__name__)
 
@@ -428,11 +430,9 @@ class Bus:
             if one.refusal is None:
                 for event in one.write.new_events():
                     position = heads[one.waiting.shard] = heads[one.waiting.shard] + 1
-                    draft = self._records.seal(
-                        event, one.waiting.command.tenant_id, _envelope(one.waiting, position)
-                    )
-                    batch.events.append(draft.row)
-                    objects.extend(draft.objects)
+                    sealed = self._records.seal(event, one.waiting.command.tenant_id)
+                    batch.events.append(_event_row(one.waiting, position, event, sealed))
+                    objects.extend(sealed.objects)
                     events.append(event)
                 batch.due.extend(one.write.due_changes.values())
             batch.commands.append(_row(one, position))
@@ -445,10 +445,7 @@ class Bus:
         for one in decided:
             if one.refusal is None:
                 self._keep_decided(one)
-        records = [
-            record_of(event, row._replace(recorded_at=at))
-            for event, row in zip(events, batch.events, strict=True)
-        ]
+        records = [record_of(event, row, at) for event, row in zip(events, batch.events, strict=True)]
         for record in records:
             self._heads[record.shard] = record.position
         if records:
@@ -529,24 +526,25 @@ def _answer(waiting: Waiting, row: CommandRow) -> None:
         waiting.future.set_exception(RefusedBefore(row.outcome, refusal["sentence"], refusal["facts"]))
 
 
-def _envelope(waiting: Waiting, position: int) -> StoredEvent:
+def _event_row(waiting: Waiting, position: int, event: AggregateEvent, sealed: Sealed) -> StoredEvent:
+    tenant_id = waiting.command.tenant_id
     return StoredEvent(
-        shard=waiting.shard,
-        position=position,
-        tenant_id=waiting.command.tenant_id,
-        stream_id=waiting.command_id,
-        stream_version=0,
-        type="",
-        schema_version=1,
-        payload=b"",
-        personal=None,
-        subject_id=None,
-        command_id=waiting.command_id,
-        correlation_id=waiting.correlation_id,
-        causation_id=waiting.causation_id,
-        actor=waiting.actor,
-        traceparent=waiting.traceparent,
-        recorded_at=None,
+        waiting.shard,
+        position,
+        tenant_id,
+        event.originator_id,
+        event.originator_version,
+        sealed.type,
+        sealed.schema_version,
+        sealed.payload,
+        sealed.personal,
+        tenant_id if sealed.personal is not None else None,
+        waiting.command_id,
+        waiting.correlation_id,
+        waiting.causation_id,
+        waiting.actor,
+        waiting.traceparent,
+        None,
     )
 
 

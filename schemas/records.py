@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from uuid import UUID
 
 from eventsourcing.domain import AggregateEvent
@@ -68,11 +68,13 @@ class Unreadable:
     error: codec.UnknownEvent
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """An event on its way into the log: its row, and the parts that must reach the object store before it."""
+class Sealed(NamedTuple):
+    """An event as the log keeps it, and the parts that must reach the object store before it."""
 
-    row: StoredEvent
+    type: str
+    schema_version: int
+    payload: bytes
+    personal: bytes | None
     objects: tuple[tuple[str, bytes], ...]
 
 
@@ -86,8 +88,8 @@ class Records:
         """Have the subjects' keys at hand, so that `seal` and `open` need not wait."""
         await self._keys.ensure(subject_ids)
 
-    def seal(self, event: AggregateEvent, subject_id: UUID, envelope: StoredEvent) -> Draft:
-        """Fill a row's payload and personal part; its other columns are taken from `envelope`."""
+    def seal(self, event: AggregateEvent, subject_id: UUID) -> Sealed:
+        """The bytes of an event, its personal part sealed under the key of `subject_id`."""
         kind = codec.type_of(type(event))
         payload, plain = codec.encode(event)
         objects: tuple[tuple[str, bytes], ...] = ()
@@ -98,16 +100,7 @@ class Records:
             personal = self._keys.seal(subject_id, plain, _aad(event.originator_id, event.originator_version))
             if len(personal) > PART_BYTES_MAX:
                 personal, objects = _moved_out(personal, objects)
-        row = envelope._replace(
-            stream_id=event.originator_id,
-            stream_version=event.originator_version,
-            type=kind.name,
-            schema_version=kind.version,
-            payload=payload,
-            personal=personal,
-            subject_id=subject_id if plain is not None else None,
-        )
-        return Draft(row, objects)
+        return Sealed(kind.name, kind.version, payload, personal, objects)
 
     async def store(self, objects: Sequence[tuple[str, bytes]]) -> None:
         """Put parts where rows refer to them; before the rows are appended, so that no reference dangles."""
@@ -169,8 +162,8 @@ class Records:
         return content
 
 
-def record_of(event: AggregateEvent, row: StoredEvent) -> AnyRecord:
-    """A row's record, when its event is already at hand."""
+def record_of(event: AggregateEvent, row: StoredEvent, recorded_at: datetime | None = None) -> AnyRecord:
+    """A row's record, when its event is already at hand; `recorded_at` when the row does not know it yet."""
     return Record(
         event,
         row.type,
@@ -184,7 +177,7 @@ def record_of(event: AggregateEvent, row: StoredEvent) -> AnyRecord:
         row.causation_id,
         row.actor,
         row.traceparent,
-        row.recorded_at or _NEVER,
+        recorded_at or row.recorded_at or _NEVER,
     )
 
 
