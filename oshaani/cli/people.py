@@ -14,7 +14,7 @@ import typer
 from adapters.crypto import derive
 from adapters.postgres.identity import PostgresLogins
 from domain.agent import Agent
-from domain.ids import AgentId, UserId, agent_of, shard_of
+from domain.ids import AgentId, UserId, agent_of, derived, shard_of
 from domain.user import User
 from oshaani.cli import show
 from oshaani.cli.session import open_core, run
@@ -169,7 +169,13 @@ async def _create_user(email: str, name: str, password: str, operator: bool) -> 
         reserved = await _logins(core).reserve(email, Login(user_id, password_hash))
         if reserved.user_id != user_id:
             raise Failed(f"there is already an account with the address {email!r}")
-        await core.bus.execute(RegisterUser(tenant_id=user_id, email=email, name=name), by=ACTOR)
+        # The ids that the API would give the same registration, so that the two can never do it twice.
+        await core.bus.execute(
+            RegisterUser(tenant_id=user_id, email=email, name=name),
+            by=ACTOR,
+            command_id=derived(user_id, "registered"),
+            digest=b"registered",
+        )
         if operator:
             await core.bus.execute(PromoteUser(tenant_id=user_id, role="operator"), by=ACTOR)
         return user_id

@@ -137,8 +137,7 @@ async def _charges(api: Api, as_user: dict[str, str], request_id: str) -> list[d
 async def _model(api: Api, as_user: dict[str, str]) -> str:
     """The name of the model behind number 1, which agents have that name none."""
     models = (await api.get("/api/models/", as_user))["data"]
-    default = next((model for model in models if model.get("default") or model["id"] == 1), models[0])
-    return str(default["name"])
+    return str(next((model["name"] for model in models if model["model_id"] == 1), models[0]["name"]))
 
 
 def _data(answer: dict[str, Any]) -> dict[str, Any]:

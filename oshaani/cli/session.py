@@ -89,6 +89,19 @@ async def is_migrated(dsn: str) -> bool:
     return row is not None and bool(row[0])
 
 
+async def check_read_models(core: Core) -> None:
+    """Refuse to go on without the tables of the read models.
+
+    Raises:
+        Failed: they are not there.
+    """
+    async with core.pool.connection() as connection:
+        cursor = await connection.execute("SELECT to_regclass('oshaani.credit_hold') IS NOT NULL")
+        row = await cursor.fetchone()
+    if row is None or not row[0]:
+        raise Failed("the read models are not built yet; start `oshaani up` once")
+
+
 async def _embedded(settings: Settings, stack: AsyncExitStack) -> str:
     """The database of whoever runs on the data folder; without such a one, our own until the stack ends."""
     if (dsn := running_dsn(settings.data_dir)) is not None:
