@@ -93,6 +93,9 @@ async def _no_route(request: Request, error: Exception) -> Response:
         problem = Problem("method_not_allowed", f"Use {allowed}.", None, {"Allow": allowed})
     elif failure.status_code == 404:
         problem = Problem("not_found", "There is no such page.")
+    elif isinstance(failure.__cause__, Problem):
+        # The framework wraps whatever reading a body raises.
+        problem = failure.__cause__
     else:
         problem = Problem("malformed_json", str(failure.detail))
     return _respond(request, problem)

@@ -50,6 +50,7 @@ class Narrator:
             return
         self.story.tell((record,))
         if record.stream_version <= self.told:
+            self.over = self.story.ended is not None
             return
         self.told = record.stream_version
         yield from self._events(record.event)

@@ -144,7 +144,8 @@ async def _register(platform: Platform, user_id: UserId) -> tuple[str, int, str]
     await bus.execute(LogIn(tenant_id=user_id), by=by)
     key_id, key = keys.mint("user")
     await bus.execute(
-        IssueUserKey(tenant_id=user_id, key_id=key_id, name="t", prefix=key[:12], digest=keys.digest(key)), by=by
+        IssueUserKey(tenant_id=user_id, key_id=key_id, name="t", prefix=key[:12], digest=keys.digest(key)),
+        by=by,
     )
     number = await server.next_agent_number()
     agent_id = agent_of(number)

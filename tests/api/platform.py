@@ -10,8 +10,8 @@ import json
 import re
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import count
@@ -36,7 +36,7 @@ from api.app import create_app
 from api.server import Check, Limits, NumberedModel, Server
 from commands.bus import Bus
 from commands.command import Rules
-from domain.event_log import LogUnavailable
+from domain.event_log import LockedLog, LogUnavailable
 from domain.plans import plans_with
 from domain.ports import (
     Effect,
@@ -52,7 +52,7 @@ from domain.ports import (
 )
 from oshaani.processor_host import ProcessorHost
 from oshaani.toolbox import OwnersToolbox, ServerToolbox
-from projections.read_side import ReadSide
+from projections.read_side import Pool, ReadSide
 from projections.runner import Runner
 from schemas.records import AnyRecord, Records
 from stream_processors.agent_turns import agent_turns
@@ -132,9 +132,7 @@ class ScriptedModel:
 
     async def _wait(self, name: str) -> None:
         gate = self.gates.setdefault(name, threading.Event())
-        async with asyncio.timeout(GATE_S):
-            while not gate.is_set():
-                await asyncio.sleep(0.005)
+        assert await asyncio.to_thread(gate.wait, GATE_S)
 
 
 def _results(messages: Sequence[Message]) -> list[str]:
@@ -162,6 +160,11 @@ class Breakable(PostgresEventLog):
             raise LogUnavailable("broken by the test")
         return await super().append(batch)
 
+    def locked(self, shards: Sequence[int]) -> AbstractAsyncContextManager[LockedLog]:
+        if self.broken:
+            raise LogUnavailable("broken by the test")
+        return super().locked(shards)
+
 
 @dataclass(slots=True)
 class Platform:
@@ -180,90 +183,113 @@ class Platform:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(STARTED_S)
 
 
-@asynccontextmanager
-async def _served(database_url: str) -> AsyncIterator[Platform]:
-    from projections import checkpoints
+def utc_now() -> datetime:
+    return datetime.now(UTC)
 
-    clock = lambda: datetime.now(UTC)  # noqa: E731
-    log = Breakable(database_url)
-    await log.migrate()
-    await log.open()
+
+@dataclass(slots=True)
+class _Parts:
+    """What a server is made of, and the tasks that keep it going."""
+
+    server: Server
+    model: ScriptedModel
+    log: Breakable
+    work: Work
+    tasks: list[Coroutine[Any, Any, None]]
+
+
+def _parts(log: Breakable, pool: Pool, closing: AsyncExitStack, base_url: str) -> _Parts:
     records = Records(MemoryKeyRing(), MemoryObjectStore())
     rules = Rules(plans_with({"free": {"message": 200, "agent_create": 20}}), turn_deadline_s=60.0)
     bus = Bus(log, records, rules)
+    projector = Runner(pool, deadline, log, records)
+    model, feed, vault, egress = ScriptedModel(), MemoryTurnFeed(), MemoryVault(), EgressClient()
+    passwords = Argon2Passwords()
+    toolbox = ServerToolbox(ToolCatalogue(echo, oracle), egress, vault)
+    history = ConversationHistory(log, records)
+    work = Work("tests/1", bus, model, toolbox, history, feed, utc_now, 30.0)
+    host = ProcessorHost(log, records, (agent_turns, tool_calls, credit_debits), work)
+    sweeper = Sweeper(log, work)
     numbers = count(1)
-    async with open_pool(database_url, 4) as pool:
-        projector = Runner(pool, deadline, log, records)
-        db = ReadSide(pool, deadline, projector.caught_up)
-        model, feed, vault, egress = ScriptedModel(), MemoryTurnFeed(), MemoryVault(), EgressClient()
-        toolbox = ServerToolbox(ToolCatalogue(echo, oracle), egress, vault)
-        history = ConversationHistory(log, records)
-        work = Work("tests/1", bus, model, toolbox, history, feed, clock, 30.0)
-        host = ProcessorHost(log, records, (agent_turns, tool_calls, credit_debits), work)
-        sweeper = Sweeper(log, work)
-        passwords = Argon2Passwords()
+    closing.push_async_callback(egress.close)
+    closing.push_async_callback(passwords.close)
+
+    def committed(batch: Sequence[AnyRecord]) -> None:
+        history.observe(batch)
+        feed.publish(batch)
+        host.offer(batch)
+        projector.offer(batch)
+
+    async def next_number() -> int:
+        return next(numbers)
+
+    async def ready() -> Sequence[Check]:
+        return [Check("database", not log.broken)]
+
+    bus.on_commit = committed
+    server = Server(
+        bus=bus,
+        db=ReadSide(pool, deadline, projector.caught_up),
+        feed=feed,
+        log=log,
+        records=records,
+        rules=rules,
+        clock=utc_now,
+        keys=HmacApiKeys(MASTER_KEY),
+        key_uses=MemoryKeyUses(),
+        logins=MemoryLogins(),
+        sessions=MemorySessions(),
+        passwords=passwords,
+        vault=vault,
+        models=Models(),
+        toolbox=OwnersToolbox(toolbox),
+        base_url=base_url,
+        signing_key=SIGNING_KEY,
+        caught_up=projector.caught_up,
+        next_agent_number=next_number,
+        ready=ready,
+        limits=Limits(sync_timeout_s=3.0, heartbeat_s=1.5),
+        version="0.0.0",
+    )
+    tasks = [projector.run(), host.run(), sweeper.beat(), sweeper.run()]
+    return _Parts(server, model, log, work, tasks)
+
+
+@asynccontextmanager
+async def _served(database_url: str) -> AsyncIterator[Platform]:
+    log = Breakable(database_url)
+    await log.migrate()
+    await log.open()
+    async with AsyncExitStack() as closing:
+        closing.push_async_callback(log.close)
+        pool = await closing.enter_async_context(open_pool(database_url, 4))
         listener = socket.create_server(("127.0.0.1", 0))
         base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-        def committed(batch: Sequence[AnyRecord]) -> None:
-            history.observe(batch)
-            feed.publish(batch)
-            host.offer(batch)
-            projector.offer(batch)
-
-        async def next_number() -> int:
-            return next(numbers)
-
-        async def ready() -> Sequence[Check]:
-            return [Check("database", not log.broken)]
-
-        bus.on_commit = committed
-        server = Server(
-            bus=bus,
-            db=db,
-            feed=feed,
-            log=log,
-            records=records,
-            rules=rules,
-            clock=clock,
-            keys=HmacApiKeys(MASTER_KEY),
-            key_uses=MemoryKeyUses(),
-            logins=MemoryLogins(),
-            sessions=MemorySessions(),
-            passwords=passwords,
-            vault=vault,
-            models=Models(),
-            toolbox=OwnersToolbox(toolbox),
-            base_url=base_url,
-            signing_key=SIGNING_KEY,
-            caught_up=projector.caught_up,
-            next_agent_number=next_number,
-            ready=ready,
-            limits=Limits(sync_timeout_s=3.0, heartbeat_s=1.5),
-            version="0.0.0",
-        )
-        app = create_app(server)
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-        http = _Http(config)
-        works = (projector.run(), host.run(), sweeper.beat(), sweeper.run(), http.serve([listener]))
-        tasks = [asyncio.create_task(each) for each in works]
-        while not http.started:
-            await asyncio.sleep(0.01)
+        parts = _parts(log, pool, closing, base_url)
+        app = create_app(parts.server)
+        http = _Http(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+        tasks = [asyncio.create_task(each) for each in (*parts.tasks, http.serve([listener]))]
+        await asyncio.wait_for(http.serves.wait(), STARTED_S)
         try:
-            yield Platform(base_url, asyncio.get_running_loop(), server, model, log, app)
+            yield Platform(base_url, asyncio.get_running_loop(), parts.server, parts.model, log, app)
         finally:
             http.should_exit = True
             await asyncio.wait(tasks[-1:], timeout=5)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=5)
-            await work.drain(1.0)
-            await egress.close()
-            await passwords.close()
-            await log.close()
+            await parts.work.drain(1.0)
 
 
 class _Http(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.serves = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.serves.set()
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -280,8 +306,7 @@ def running(database_url: str) -> Iterator[Platform]:
         async with _served(database_url) as platform:
             found.append(platform)
             ready.set()
-            while not stop.is_set():
-                await asyncio.sleep(0.05)
+            await asyncio.to_thread(stop.wait)
 
     def main() -> None:
         try:
