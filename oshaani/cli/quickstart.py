@@ -87,7 +87,7 @@ async def _quickstart(base_url: str, email: str, message: str, say: Say) -> dict
             "request_id": answer["request_id"],
             "message": message,
             "response": answer["response"],
-            "model": await _model(api, as_user),
+            "model": await _model(api, as_user, str(answer["request_id"])),
             "charges": [{"meter": line["meter"], "credits": _positive(line["amount"])} for line in lines],
             "charged_credits": credits(-sum(ncr(str(line["amount"])) for line in lines)),
             "balance_credits": balance["posted"],
@@ -134,10 +134,14 @@ async def _charges(api: Api, as_user: dict[str, str], request_id: str) -> list[d
     )
 
 
-async def _model(api: Api, as_user: dict[str, str]) -> str:
-    """The name of the model behind number 1, which agents have that name none."""
+async def _model(api: Api, as_user: dict[str, str], request_id: str) -> str:
+    """The name of the model that answered."""
+    request = _data(await api.get(f"/api/requests/{request_id}", as_user))
+    if request.get("model"):
+        return str(request["model"])
+    # Agents that name no model have the first one of the list that can use tools, see the registry of models.
     models = (await api.get("/api/models/", as_user))["data"]
-    return str(next((model["name"] for model in models if model["model_id"] == 1), models[0]["name"]))
+    return str(next((model for model in models if model["tools"]), models[0])["name"])
 
 
 def _data(answer: dict[str, Any]) -> dict[str, Any]:

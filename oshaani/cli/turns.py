@@ -171,7 +171,7 @@ def _ms(since: datetime | None, at: datetime | None) -> int | None:
 
 
 def _print_story(found: dict[str, Any]) -> None:
-    took = f" in {found['duration_ms'] / 1000:.2f} s" if found["duration_ms"] is not None else ""
+    took = f" in {_seconds(found['duration_ms'])}" if found["duration_ms"] is not None else ""
     code = f" ({found['error_code']})" if found["error_code"] else ""
     charged = f", charged {found['credits']['charged']} credits" if found["credits"]["end"] else ""
     show.line(f"{found['request_id']} {found['status'].replace('_', ' ')}{code}{took}{charged}", "bold")
@@ -185,6 +185,10 @@ def _print_story(found: dict[str, Any]) -> None:
         show.line()
     for note in found["notes"]:
         show.line(f"! {note}", "yellow")
+
+
+def _seconds(ms: int) -> str:
+    return f"{ms} ms" if ms < 1000 else f"{ms / 1000:.2f} s"
 
 
 def _heads(found: dict[str, Any]) -> list[tuple[str, str]]:
