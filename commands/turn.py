@@ -254,8 +254,8 @@ def invoke_tool(command: InvokeTool, write: WriteSide) -> Result:
         invoked=True,
         queued=False,
     )
-    tool_call_id = turn.request_tool(1, 0, command.asked)
-    write.due("tool_call", tool_call_id, turn.id, write.now + PICKUP)
+    turn.request_tool(1, 0, command.asked)
+    _go_on(turn, write)
     return {"accepted_at": write.now.isoformat()}
 
 

@@ -5,6 +5,7 @@ The envelope's facts (stream, version, time) are columns of the log and not repe
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -97,6 +98,16 @@ def type_of(event_class: type[AggregateEvent]) -> EventType:
 def without_nul(encoded: bytes) -> bytes:
     """JSON with each U+0000 in its texts replaced by U+FFFD: Postgres text has no such character."""
     return _NUL.sub(_REPLACED, encoded) if b"\\u0000" in encoded else encoded
+
+
+def storable(text: str) -> str:
+    """Text from outside as the log can keep it: U+0000 and halves of surrogate pairs are replaced."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+
+
+def storable_json(value: Any) -> Any:
+    """A JSON value from outside as the log can keep it; see `storable`."""
+    return json.loads(without_nul(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")))
 
 
 def _event_types() -> dict[str, EventType]:

@@ -8,6 +8,7 @@ is decided under the log's lock.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -32,9 +33,12 @@ from domain.ports import (
 )
 from domain.prompt import digest_of, messages_of
 from domain.turn import Answer, AskedTool, AskModel, GiveUp, RunTools, Turn, call_of, next_action
+from schemas.codec import storable, storable_json
 from schemas.records import AnyRecord
 from stream_processors.processor import Processor, Work
 from stream_processors.tool_calls import run_tool
+
+log_of = logging.getLogger(__name__)
 
 agent_turns = Processor("agent_turns")
 
@@ -132,7 +136,7 @@ async def _ask_model(turn: Turn, action: AskModel, work: Work) -> None:
             tools_offered=tuple(tools),
         )
         command_id = derived(turn.id, "ask", action.iteration, action.attempt, work.worker)
-        outcome = await work.ask(start, command_id, turn.id)
+        outcome = await work.persist(start, command_id, turn.id, turn.limits.deadline_at)
         claimed = not outcome.seen
         crash_point("turn.claimed")
     finally:
@@ -146,7 +150,7 @@ async def _ask_model(turn: Turn, action: AskModel, work: Work) -> None:
             tools=tuple(ToolSpec(tool.name, tool.description, tool.parameters) for tool in tools.values()),
             max_output_tokens=settings.max_output_tokens,
             temperature=settings.temperature,
-            timeout_s=max(0.001, (deadline_at - now).total_seconds()),
+            timeout_s=max(0.001, (deadline_at - work.clock()).total_seconds()),
             idempotency_key=str(call_of(turn.id, action.iteration)),
         )
         work.spawn(turn.id, turn.id, _converse(turn, action, request, tools, work))
@@ -171,7 +175,7 @@ async def _converse(
             turn_id=turn_id,
             call_id=call_id,
             attempt=action.attempt,
-            text=reply.text,
+            text=storable(reply.text),
             finish_reason=reply.finish_reason,
             asked=tuple(
                 asked_tool(request_, ordinal, tools) for ordinal, request_ in enumerate(reply.tool_requests)
@@ -181,15 +185,12 @@ async def _converse(
             ttft_ms=reply.ttft_ms,
         )
     except ModelFault as fault:
-        command = FailModelCall(
-            tenant_id=turn.owner_id,
-            turn_id=turn_id,
-            call_id=call_id,
-            attempt=action.attempt,
-            error_class=fault.error_class,
-            sentence=str(fault),
-            retry_after_s=fault.retry_after_s,
-        )
+        command = _failed(turn, action, fault)
+    except Exception:
+        # A mistake of an adapter, or an answer that nobody foresaw, is an attempt that failed.
+        log_of.exception("asking model %s failed", request.model)
+        sentence = "The model's answer could not be understood."
+        command = _failed(turn, action, ModelFault(ModelErrorClass.GARBAGE, sentence))
     finally:
         work.model_slots.release()
         # What the recorded reply sets off may come to this worker at once.
@@ -202,6 +203,18 @@ async def _converse(
         pass  # the turn was cancelled, timed out or taken over meanwhile
 
 
+def _failed(turn: Turn, action: AskModel, fault: ModelFault) -> FailModelCall:
+    return FailModelCall(
+        tenant_id=turn.owner_id,
+        turn_id=turn.turn_id,
+        call_id=call_of(turn.id, action.iteration),
+        attempt=action.attempt,
+        error_class=fault.error_class,
+        sentence=storable(str(fault)),
+        retry_after_s=fault.retry_after_s,
+    )
+
+
 def _check_said_something(reply: ModelReply, action: AskModel) -> None:
     silent = not reply.text.strip() and not reply.tool_requests
     if silent and action.with_tools and reply.finish_reason == "stop":
@@ -210,20 +223,21 @@ def _check_said_something(reply: ModelReply, action: AskModel) -> None:
 
 def asked_tool(request: ToolRequest, ordinal: int, tools: Mapping[str, Tool]) -> AskedTool:
     """What the model wants, checked against the tools it was offered."""
+    name = storable(request.name)[:64]
     tool = tools.get(request.name)
-    arguments = request.arguments
+    arguments = None if request.arguments is None else storable_json(request.arguments)
     refusal = None
     if tool is None:
         names = ", ".join(tools) or "none"
-        refusal = f"There is no tool named {request.name[:64]!r}. Available tools: {names}."
+        refusal = f"There is no tool named {name!r}. Available tools: {names}."
     elif arguments is None:
-        refusal = f"The arguments of {request.name!r} must be one JSON object."
+        refusal = f"The arguments of {name!r} must be one JSON object."
     else:
         refusal = tool.validate(arguments)
     canonical = json.dumps(arguments if arguments is not None else request.raw, sort_keys=True)
     return AskedTool(
-        request.id or f"call_{ordinal}",
-        request.name[:64],
+        storable(request.id) or f"call_{ordinal}",
+        name,
         tool.kind if tool else "builtin",
         tool.effect if tool else Effect.UNSAFE,
         arguments or {},

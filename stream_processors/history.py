@@ -85,7 +85,9 @@ class ConversationHistory:
                 self._drop(record.stream_id)
                 continue
             tail.version = record.stream_version
+            self._char_count -= tail.char_count
             self._add(tail, _entry(record))
+            self._char_count += tail.char_count
         while self._tails and (self._char_count > CHARS_MAX or len(self._tails) > CONVERSATIONS_MAX):
             self._drop(next(iter(self._tails)))
 
@@ -111,9 +113,9 @@ class ConversationHistory:
             return
         if len(tail.entries) == MESSAGES_MAX:
             tail.since = tail.entries[1].version
+            tail.char_count -= len(tail.entries[0].text)
         tail.entries.append(entry)
         tail.char_count += len(entry.text)
-        self._char_count += len(entry.text)
 
     def _drop(self, conversation_id: UUID) -> None:
         tail = self._tails.pop(conversation_id, None)

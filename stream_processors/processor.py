@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Protocol
 from uuid import UUID
@@ -86,12 +86,17 @@ class Work:
         return await self.bus.execute(command, by=self.actor, command_id=command_id, correlation_id=turn_id)
 
     async def persist(self, command: Command, command_id: UUID, turn_id: UUID, until: datetime) -> Outcome:
-        """Execute a command whose facts are too dear to lose: insist while the log cannot be reached."""
-        pause_s = PERSIST_PAUSE_FIRST_S
+        """Execute a command of this worker alone, and insist while the log cannot be reached.
+
+        What was written although its answer was lost counts as not seen before: it is the caller's to go on with.
+        """
+        pause_s, lost = PERSIST_PAUSE_FIRST_S, False
         while True:
             try:
-                return await self.ask(command, command_id, turn_id)
-            except (LogUnavailable, Overloaded):
+                outcome = await self.ask(command, command_id, turn_id)
+                return replace(outcome, seen=outcome.seen and not lost)
+            except (LogUnavailable, Overloaded) as failure:
+                lost = lost or isinstance(failure, LogUnavailable)
                 if self.clock() >= until:
                     raise
                 await asyncio.sleep(pause_s)

@@ -14,10 +14,11 @@ from datetime import timedelta
 from commands.turn import CompleteToolCall, RefuseToolCall, RetakeToolCall, StartToolCall
 from domain.agent import Agent
 from domain.crash_points import crash_point
-from domain.errors import InsufficientCredits, NotFound, NotYours, PlanLimitExceeded, Refusal
+from domain.errors import InsufficientCredits, PlanLimitExceeded, Refusal
 from domain.ids import ToolCallId, TurnId, UserId, derived
 from domain.ports import Tool, ToolContext, ToolFailed
 from domain.turn import ToolCall, ToolOutcome, Turn
+from schemas.codec import storable
 from schemas.records import AnyRecord
 from stream_processors.processor import Processor, Work
 
@@ -51,7 +52,7 @@ async def run_tool(turn_id: TurnId, tool_call_id: ToolCallId, tenant_id: UserId,
             )
             return
         await _start(turn, call, tool, work)
-    except (NotYours, NotFound):
+    except Refusal:
         pass  # somebody else was faster, or the turn is over
 
 
@@ -78,7 +79,7 @@ async def retake_tool(
             deadline_at=work.clock() + timedelta(seconds=tool.timeout_s if tool else 0.0),
         )
         command_id = derived(tool_call_id, "retake", call.attempt, lost_worker, work.worker)
-        outcome = await work.ask(command, command_id, turn_id)
+        outcome = await work.persist(command, command_id, turn_id, turn.limits.deadline_at)
         attempt = outcome.result.get("attempt")
         if attempt is not None and not outcome.seen:
             await work.tool_slots.acquire()
@@ -100,7 +101,7 @@ async def _start(turn: Turn, call: ToolCall, tool: Tool, work: Work) -> None:
     command_id = derived(call.tool_call_id, "start", call.attempt, work.worker)
     attempt = 0
     try:
-        outcome = await work.ask(command, command_id, turn.id)
+        outcome = await work.persist(command, command_id, turn.id, turn.limits.deadline_at)
         attempt, claimed = int(outcome.result["attempt"]), not outcome.seen
         crash_point("tool.claimed")
     except InsufficientCredits:
@@ -149,10 +150,10 @@ async def _run(turn: Turn, call: ToolCall, tool: Tool | None, attempt: int, work
         tool_call_id=call.tool_call_id,
         attempt=attempt,
         outcome=outcome,
-        text=text[:RESULT_CHARS_MAX].replace("\0", "\ufffd"),
+        text=storable(text[:RESULT_CHARS_MAX]),
         latency_ms=int((time.monotonic() - began) * 1000),
         units=units,
-        error_class=error_class,
+        error_class=error_class and storable(error_class),
     )
     work.running.pop(call.tool_call_id, None)
     try:
