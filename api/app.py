@@ -71,7 +71,8 @@ def create_app(server: Server) -> FastAPI:
 
     server.bus.on_commit = committed
     for router in ROUTERS:
-        app.include_router(router)
+        # Not `include_router`, which would look each request up twice.
+        app.router.routes.extend(router.routes)
     app.openapi = lambda: document_of(app, server.base_url)  # type: ignore[method-assign]
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _no_route)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -114,12 +114,13 @@ def document_of(app: FastAPI, base_url: str) -> dict[str, Any]:
 
 
 def _built(app: FastAPI, base_url: str) -> dict[str, Any]:
+    routes = list(_routes(app.routes))
     document = get_openapi(
         title=app.title,
         version=app.version,
         openapi_version="3.1.0",
         description=DESCRIPTION,
-        routes=app.routes,
+        routes=routes,
         servers=[{"url": base_url}],
     )
     components = document.setdefault("components", {})
@@ -134,14 +135,21 @@ def _built(app: FastAPI, base_url: str) -> dict[str, Any]:
     schemas["Problem"] = PROBLEM
     _add_models(schemas)
     paths: dict[str, Any] = {}
-    for route in app.routes:
-        if isinstance(route, APIRoute):
-            for method in sorted(route.methods or ()):
-                operation = document["paths"][route.path_format][method.lower()]
-                shown = route.path_format + ("/" if _has_slash(route.path_format) else "")
-                paths.setdefault(shown, {})[method.lower()] = _operation(route, operation)
+    for route in routes:
+        for method in sorted(route.methods or ()):
+            operation = document["paths"][route.path_format][method.lower()]
+            shown = route.path_format + ("/" if _has_slash(route.path_format) else "")
+            paths.setdefault(shown, {})[method.lower()] = _operation(route, operation)
     document["paths"] = paths
     return document
+
+
+def _routes(routes: Iterable[Any]) -> Iterator[APIRoute]:
+    for route in routes:
+        if isinstance(route, APIRoute):
+            yield route
+        elif hasattr(route, "original_router"):
+            yield from _routes(route.original_router.routes)
 
 
 def _operation(route: APIRoute, operation: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +239,7 @@ def _add_problems(route: APIRoute, operation: dict[str, Any], secured: bool, cha
     statuses = {500, 503}
     if secured:
         statuses |= {401, 403}
-    if "{" in route.path_format or route.name in ("get_answer", "continue_conversation", *OWN):
+    if "{" in route.path_format or route.name in ("get_answer", "find_conversation", *OWN):
         statuses |= {404}
     if changes:
         statuses |= {400, 409, 413, 415, 422, 429}
@@ -239,6 +247,7 @@ def _add_problems(route: APIRoute, operation: dict[str, Any], secured: bool, cha
         statuses |= {400}
     if _takes_if_match(route):
         statuses |= {412}
+    statuses |= {"log_in": {401}, "get_metrics": {403}}.get(route.name, set())
     if route.name in OWN or route.name == "create_agent":
         statuses |= {402}
     if route.name in ("chat", "query", "invoke", "simple_chat", "simple_query"):

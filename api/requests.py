@@ -8,9 +8,9 @@ from uuid import UUID
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
-from api.agents import AgentNumber
+from api.agents import AgentNumber, owned_agent
 from api.answers import conversation_shown, polled, visible_story
 from api.bodies import Body, StrictRoute
 from api.call import Call, conversation_name, request_name, turn_named
@@ -68,6 +68,7 @@ async def get_history(
 ) -> Response:
     """The agent's interaction history, newest first."""
     _, agent = await caller_of_agent(request)
+    await owned_agent(call, agent_id)
     return await _page(call, paging, agent, conversation_id)
 
 
@@ -79,7 +80,7 @@ async def get_request(call: AnyCall, request_id: RequestId) -> Response:
     return enveloped(polled(story, shown), "The request.")
 
 
-@router.get("/api/requests/{request_id}/events", response_class=TurnStream)
+@router.get("/api/requests/{request_id}/events", response_class=StreamingResponse)
 async def follow_request(request: Request, call: AnyCall, request_id: RequestId) -> Response:
     """Follow a request as server-sent events; `Last-Event-ID` goes on where the connection was lost."""
     turn_id = turn_named(request_id)
