@@ -50,6 +50,12 @@ _PRICES = """
         AS n(rate_card_id text, meter text, unit_price_ncr bigint, effective_from timestamptz)
     ON CONFLICT DO NOTHING
 """
+# Rows are found by their keys. Without this, what is known of a new or fast growing table makes plans that read all of
+# it; they would be kept for the connection's life.
+_BY_KEY = """
+    SELECT set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),
+           set_config('enable_mergejoin', 'off', true), set_config('jit', 'off', true)
+"""
 _LOCK = """
     SELECT c.projection, c.version, c.positions,
            ARRAY(SELECT p.stream_id FROM parked p WHERE p.projection = c.projection)
@@ -123,11 +129,17 @@ async def migrate(connection: Connection) -> None:
 
 async def lock(connection: Connection, names: Sequence[str]) -> dict[str, tuple[int, list[int], set[UUID]]]:
     """Lock checkpoints until the transaction ends: version, positions and parked streams of each that exists."""
+    await plan_by_key(connection)
     cursor = await connection.execute(_LOCK, (list(names),))
     return {
         name: (version, positions, set(waiting))
         for name, version, positions, waiting in await cursor.fetchall()
     }
+
+
+async def plan_by_key(connection: Connection) -> None:
+    """Have the statements of this transaction find rows by their keys."""
+    await connection.execute(_BY_KEY)
 
 
 async def save(

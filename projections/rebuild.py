@@ -7,8 +7,10 @@ somebody handles leave the database, and personal parts only where a handler loo
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +80,25 @@ async def rebuild(
     async with pool.connection(timeout=CONNECT_S) as writer:
         building = Building(pool, deadline, records, projections, writer)
         try:
-            return await building.run(progress or (lambda done, total: None), outdated_only)
+            with collecting_by_hand():
+                return await building.run(progress or (lambda done, total: None), outdated_only)
         finally:
             await building.leave()
+
+
+@contextmanager
+def collecting_by_hand() -> Iterator[None]:
+    """Keep the garbage collector from walking through tens of thousands of records again and again.
+
+    It takes half the time of a rebuild otherwise; `Building` calls it between batches.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 async def current(connection: Connection, projections: Sequence[Projection]) -> dict[str, Progress]:
@@ -191,6 +209,8 @@ class Building:
         try:
             while (batch := await queue.get()) is not None:
                 await self._apply(batch)
+                del batch
+                gc.collect(1)
                 progress(sum(self._cursors), total)
             await reader
         finally:
@@ -288,6 +308,7 @@ class Building:
         try:
             with self._deadline(self._writer, STEP_S):
                 async with self._writer.transaction():
+                    await checkpoints.plan_by_key(self._writer)
                     for work in self._works:
                         parked += (await apply(self._writer, work, batch.records))[1]
         except BatchRefused:
@@ -296,6 +317,7 @@ class Building:
                 work.waiting = waiting
             with self._deadline(self._writer, INDEX_S):
                 async with self._writer.transaction():
+                    await checkpoints.plan_by_key(self._writer)
                     for work in self._works:
                         parked += (await apply_one_by_one(self._writer, work, batch.records))[1]
         self._note(parked)

@@ -35,7 +35,7 @@ log_of = logging.getLogger(__name__)
 
 BATCH_MAX = 1_000  # records in one transaction
 OFFERED_MAX = 50_000  # records kept in memory; beyond it they are read from the log again
-LINGER_S = 0.01  # how long a batch waits for company when nobody waits for it
+LINGER_S = 0.05  # how long a batch waits for company when nobody waits for it
 POLL_FIRST_S, POLL_MAX_S = 0.05, 1.0
 PAUSE_FIRST_S, PAUSE_MAX_S = 0.1, 2.0
 BATCH_S = 9.0  # what one transaction may take before its connection is cut
@@ -177,14 +177,22 @@ class Runner:
                     self._tell_waiters()
                 except OUTAGE as failure:
                     log_of.warning("the read side waits %.1f s: %r", pause_s, failure)
-                    self._behind = True
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(pause_s * 2, PAUSE_MAX_S)
+                    pause_s = await self._pause(pause_s)
+                except Exception:
+                    # A bug stops the read side where it is, and whoever watches its lag hears of it.
+                    log_of.exception("the read side cannot go on; it tries again in %.1f s", pause_s)
+                    pause_s = await self._pause(pause_s)
         finally:
             if builder is not None:
                 builder.cancel()
                 with suppress(asyncio.CancelledError):
                     await builder
+
+    async def _pause(self, seconds: float) -> float:
+        """Wait, and return how long to wait the next time."""
+        self._behind = True
+        await asyncio.sleep(seconds)
+        return min(seconds * 2, PAUSE_MAX_S)
 
     async def _load(self) -> list[Projection]:
         """Take up what is up to date; returns the projections that must be built first."""
@@ -201,8 +209,10 @@ class Runner:
                 break
             except OUTAGE as failure:
                 log_of.warning("building projections again in %.1f s: %r", pause_s, failure)
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, PAUSE_MAX_S)
+                pause_s = await self._pause(pause_s)
+            except Exception:
+                log_of.exception("projections cannot be built; again in %.1f s", pause_s)
+                pause_s = await self._pause(pause_s)
         self._ready.set()
 
     async def _rebuild(

@@ -264,6 +264,21 @@ async def test_an_event_from_the_future_parks_its_stream(world: World) -> None:
         assert await world.query("SELECT projection, stream_id FROM parked ORDER BY 1") == waiting
 
 
+async def test_damaged_bytes_park_their_stream(world: World) -> None:
+    runner = world.runner()
+    someone, other = in_two_shards(world)
+    await someone.signs_up()
+    await other.signs_up()
+    spoil = (
+        "UPDATE event SET personal = set_byte(personal, 20, 7) WHERE stream_id = %s AND stream_version = 1"
+    )
+    await world.query(spoil, someone.user_id)
+    async with running(runner):
+        await all_applied(world, runner)
+        assert await world.query("SELECT user_id FROM app_user") == [(other.user_id,)]
+        assert await world.query("SELECT projection FROM parked WHERE stream_id = %s", someone.user_id)
+
+
 async def test_a_newer_version_is_built_when_the_runner_starts(world: World) -> None:
     async with running(world.runner()):
         await person(world, 1).signs_up()
