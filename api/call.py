@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -113,8 +113,9 @@ class Call:
         self.headers: list[tuple[bytes, bytes]] = []
         self.given: list[tuple[bytes, bytes]] = scope["headers"]
         match = _TRACEPARENT.fullmatch(self.header(b"traceparent") or "")
-        self.trace_id = match[1] if match else secrets.token_hex(16)
-        self.traceparent = f"00-{self.trace_id}-{secrets.token_hex(8)}-01"
+        fresh = os.urandom(24).hex()
+        self.trace_id = match[1] if match else fresh[:32]
+        self.traceparent = f"00-{self.trace_id}-{fresh[32:]}-01"
         named = self.header(b"x-request-id") or ""
         self.request_id = named if _REQUEST_ID.fullmatch(named) else self.trace_id
 
