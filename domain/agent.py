@@ -7,7 +7,8 @@ from datetime import datetime
 from typing import Any, Literal
 
 from domain import configuration as configurations
-from domain.aggregate import Created, Root
+from domain.aggregate import Created as First
+from domain.aggregate import Root
 from domain.errors import (
     AgentNotPublished,
     AgentStateConflict,
@@ -32,7 +33,7 @@ class Agent(Root):
 
     TOPIC = "Agent"
 
-    class Created(Root.Event, Created):
+    class Created(Root.Event, First):
         TOPIC = "Agent.Created"
         owner_id: UserId
         number: int

@@ -30,6 +30,21 @@ class Root(BaseAggregate[UUID]):
         """A new aggregate with the given id and its first event pending."""
         return cls._create(created, id=id, **facts)
 
+    def trigger_event(self, event_class: type[Any], **facts: Any) -> None:
+        """Record a fact and apply it.
+
+        As the library's own, without looking up the event's topic anew each time: every class that can be triggered
+        here is declared in its aggregate, which registers it once.
+        """
+        event = event_class(
+            originator_id=self._id,
+            originator_version=self._version + 1,
+            timestamp=event_class.create_timestamp(),
+            **facts,
+        )
+        event.mutate(self)
+        self._pending_events.append(event)
+
     def fork(self) -> Self:
         """A copy to decide on: its containers are copied one level deep, its pending events are its own."""
         twin = object.__new__(type(self))
