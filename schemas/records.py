@@ -6,7 +6,7 @@ the row keeps the reference.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -122,7 +122,7 @@ class Records:
         subjects = {row.subject_id for row in rows if row.subject_id is not None}
         if subjects:
             await self._keys.ensure(tuple(subjects))
-        return [await self._open(row) for row in rows]
+        return [await self._open(row, self._keys.open) for row in rows]
 
     async def open_some(
         self, rows: Sequence[StoredEvent], personal: Collection[str]
@@ -140,7 +140,7 @@ class Records:
             sealed = row.personal if row.type in personal else None
             try:
                 if sealed is not None or row.payload.startswith(_REFERENCE):
-                    found.append(await self._open(row._replace(personal=sealed)))
+                    found.append(await self._open(row._replace(personal=sealed), self._unsealed))
                 else:
                     # The short way: a rebuild opens millions.
                     found.append(record_of(_decoded(row, row.payload, None), row))
@@ -149,24 +149,26 @@ class Records:
                 found.append(Unreadable(row.type, row.shard, row.position, row.stream_id, unknown))
         return found
 
-    async def _open(self, row: StoredEvent) -> AnyRecord:
+    async def _open(
+        self, row: StoredEvent, unsealed: Callable[[UUID, bytes, bytes], bytes | None]
+    ) -> AnyRecord:
         payload, personal = row.payload, row.personal
         if payload.startswith(_REFERENCE):
             payload = await self._fetch(payload)
         if personal is not None and row.subject_id is not None:
             if personal.startswith(_REFERENCE):
                 personal = await self._fetch(personal)
-            personal = self._unsealed(row, row.subject_id, personal)
+            personal = unsealed(row.subject_id, personal, _aad(row.stream_id, row.stream_version))
         return record_of(_decoded(row, payload, personal), row)
 
-    def _unsealed(self, row: StoredEvent, subject_id: UUID, sealed: bytes) -> bytes | None:
+    def _unsealed(self, subject_id: UUID, sealed: bytes, aad: bytes) -> bytes | None:
         try:
-            return self._keys.open(subject_id, sealed, _aad(row.stream_id, row.stream_version))
+            return self._keys.open(subject_id, sealed, aad)
         except KeyNotLoaded:
             raise
         except Exception as failure:
             # Opening needs nothing but the key and these bytes, so it is the bytes.
-            raise Damaged(f"position {row.position} of shard {row.shard}") from failure
+            raise Damaged(str(failure)) from failure
 
     async def _fetch(self, reference: bytes) -> bytes:
         key = reference[len(_REFERENCE) : -2].decode()
