@@ -20,14 +20,14 @@ from domain.credit_account import CreditAccount
 from domain.event_log import EventLog, StoredEvent
 from domain.ids import AgentId, ConversationId, TurnId, UserId, account_of, agent_of, shard_of
 from domain.money import ncr
-from domain.plans import UNLIMITED
+from domain.plans import DEFAULT_PLANS, UNLIMITED
 from schemas.records import Records
 
 BY = "user:test"
 CREDITS = 1_000
 TURN_NCR = ncr("3")
 AGENT_NCR = ncr("1.5")
-FREE_PLAN = {"free": UNLIMITED}
+UNLIMITED_PLANS = dict.fromkeys(DEFAULT_PLANS, UNLIMITED)
 EVERYTHING = 1_000_000
 _numbers = count(1)
 _TIMES = {"_created_on", "_modified_on", "_pending_events"}
@@ -40,7 +40,7 @@ def memory_records() -> Records:
 
 def rules(credits_ncr: int = ncr(str(CREDITS)), **changes: Any) -> Rules:
     """No daily limits, and so many credits at the first login."""
-    return Rules(**{"plans": FREE_PLAN, "free_credits_ncr": credits_ncr, **changes})
+    return Rules(**{"plans": UNLIMITED_PLANS, "free_credits_ncr": credits_ncr, **changes})
 
 
 @dataclass(frozen=True, slots=True)
