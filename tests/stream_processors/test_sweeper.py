@@ -321,7 +321,6 @@ async def test_a_step_whose_fate_was_unknown_is_gone_on_with(staged: Staged, com
 
 async def test_a_turn_whose_worker_left_it_ends_at_its_deadline(staged: Staged) -> None:
     stage = staged(ScriptedModels(*[hangs] * 5))
-    stage.worker().start()
     await stage.begin(rules(turn_deadline_s=0.4))
     sent = await stage.send()
     await until(lambda: is_asked(stage), "the model call")
