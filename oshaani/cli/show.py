@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import orjson
 import typer
 from rich.console import Console
 from rich.table import Table
 
-PIPED_WIDTH = 240  # characters; nobody's terminal decides, so lines are not folded
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 
 
 def console() -> Console:
     """Standard output: no markup, no guessing; colours only on a terminal and without NO_COLOR."""
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
-    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, width=width)
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def line(text: str = "", style: str | None = None) -> None:
@@ -31,15 +28,29 @@ def line(text: str = "", style: str | None = None) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Rows for people; a column whose name ends in `>` is set to the right."""
+    """Rows for people; a column whose name ends in `>` is set to the right. Piped, a row is a line, however long."""
+    kept = [[plain(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        _print_lines(columns, kept)
+        return
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        shown.add_column(
-            column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold"
-        )
-    for row in rows:
-        shown.add_row(*(plain(cell) for cell in row))
+        justify: Literal["left", "right"] = "right" if column.endswith(">") else "left"
+        shown.add_column(column.rstrip(">"), justify=justify, overflow="fold")
+    for row in kept:
+        shown.add_row(*row)
     console().print(shown)
+
+
+def _print_lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    whole = [[column.rstrip(">") for column in columns], *rows]
+    widths = [max(map(len, cells)) for cells in zip(*whole, strict=True)]
+    for row in whole:
+        cells = [
+            cell.rjust(width) if column.endswith(">") else cell.ljust(width)
+            for cell, width, column in zip(row, widths, columns, strict=True)
+        ]
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
 
 
 def instant(at: datetime | None) -> str:
