@@ -14,8 +14,9 @@ _INTRODUCTION = """
 What the log holds, by the stream it belongs to. How it is written and read: [the log](../explanation/the-log.md).
 
 Fields marked **personal** are stored apart from the rest, sealed under the key of their subject, and read as null once
-that key is destroyed. Amounts `…_ncr` are nano-credits (10⁻⁹ credits), times are UTC in RFC 3339, ids are UUIDs.
-Fields are added with a default, or as a new version with an upcaster; nothing is renamed, reused or edited.
+that key is destroyed; the JSON Schemas describe the rest. Amounts `…_ncr` are nano-credits (10⁻⁹ credits), times are
+UTC in RFC 3339, ids are UUIDs. Fields are added with a default, or as a new version with an upcaster; nothing is
+renamed, reused or edited.
 """
 _COLUMNS = """
 ## Columns that every event has
@@ -56,7 +57,8 @@ def _event(kind: EventType) -> str:
         (code(field.name), code(_type_of(field)), "**personal**" if field.name in kind.personal else "")
         for field in _own_fields(kind)
     ]
-    version = f"Version {kind.version}."
+    schema = f"../../schemas/events/{kind.name}.v{kind.version}.json"
+    version = f"Version {kind.version}, [JSON Schema]({schema})."
     description = inspect.cleandoc(kind.event_class.__dict__.get("__doc__") or "")
     if description.startswith(kind.event_class.__name__ + "("):
         description = ""  # what dataclasses write where there is no docstring

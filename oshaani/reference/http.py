@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
-from fastapi import APIRouter
-from fastapi.routing import APIRoute
+from fastapi import FastAPI
 
 from api.app import ROUTERS
+from api.openapi import AGENT, AGENT_HEADER, SESSION, USER, document_of
 from oshaani.reference.markdown import code, page, table
+
+BASE_URL = "http://127.0.0.1:8080"
 
 _INTRODUCTION = """
 An index; what each route takes and gives is in the OpenAPI document that a running server serves at `/openapi.json`,
@@ -31,23 +33,27 @@ request had been served before; `Oshaani-Position-Reached: false` when the read 
 """
 
 
+_CALLERS = {USER: "person", SESSION: "", AGENT: "agent key", AGENT_HEADER: ""}
+
+
 def http_page() -> str:
     """The whole page."""
-    sections: dict[str, list[tuple[str, str, str]]] = {}
+    app = FastAPI(openapi_url=None)
     for router in ROUTERS:
-        for route in _routes(router):
-            sections.setdefault(str(route.tags[0]) if route.tags else "Other", []).append(_row(route))
-    parts = [f"## {tag}\n\n{table(('', 'path', ''), rows)}" for tag, rows in sections.items()]
+        app.include_router(router)
+    sections: dict[str, list[tuple[str, str, str, str]]] = {}
+    for path, operations in document_of(app, BASE_URL)["paths"].items():
+        for method, operation in operations.items():
+            row = (method.upper(), code(path), _callers(operation), _first_line(operation))
+            sections.setdefault(operation.get("tags", ["Other"])[0], []).append(row)
+    parts = [f"## {tag}\n\n{table(('', 'path', 'who calls', ''), rows)}" for tag, rows in sections.items()]
     return page("HTTP", _INTRODUCTION, *parts)
 
 
-def _routes(router: APIRouter) -> Iterator[APIRoute]:
-    for route in router.routes:
-        if isinstance(route, APIRoute):
-            yield route
+def _callers(operation: Mapping[str, Any]) -> str:
+    schemes = {name for one in operation.get("security", ()) for name in one}
+    return " or ".join(who for name, who in _CALLERS.items() if who and name in schemes) or "anybody"
 
 
-def _row(route: APIRoute) -> tuple[str, str, str]:
-    methods = ", ".join(sorted(route.methods or ()))
-    first = (inspect.getdoc(route.endpoint) or "").split("\n\n")[0]
-    return methods, code(route.path), first
+def _first_line(operation: Mapping[str, Any]) -> str:
+    return str(operation.get("description") or operation.get("summary") or "").split("\n\n")[0]

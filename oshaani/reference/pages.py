@@ -10,6 +10,7 @@ from oshaani.reference.errors import errors_page
 from oshaani.reference.events import events_page
 from oshaani.reference.http import http_page
 from oshaani.reference.markdown import filled
+from oshaani.reference.metrics import metrics_page
 from oshaani.reference.prices import plans, prices
 from oshaani.reference.settings import settings_page
 
@@ -19,6 +20,7 @@ WHOLE: Mapping[str, Callable[[], str]] = {
     "errors.md": errors_page,
     "events.md": events_page,
     "http.md": http_page,
+    "metrics.md": metrics_page,
     "settings.md": settings_page,
 }
 SECTIONS: Mapping[str, Mapping[str, Callable[[], str]]] = {"billing.md": {"prices": prices, "plans": plans}}
