@@ -19,6 +19,7 @@ from typing import Protocol
 import psycopg
 from psycopg_pool import PoolTimeout
 
+from domain.crash_points import crash_point
 from domain.event_log import EventLog, LogUnavailable, StoredEvent
 from domain.ids import SHARDS
 from projections import checkpoints
@@ -363,6 +364,8 @@ class Runner:
             await checkpoints.save(
                 connection, {work.projection.name: positions for work, positions in moved}, parked
             )
+            crash_point("projection.before_commit")
+        crash_point("projection.after_commit")
         for work, positions in moved:
             work.positions = positions
         return row_count
