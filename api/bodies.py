@@ -171,13 +171,9 @@ def check_media_type(content_type: str | None) -> None:
 
 
 def too_large() -> Problem:
-    """The body exceeds the limit."""
-    return Problem(
-        "payload_too_large",
-        f"A JSON body has at most {BODY_BYTES_MAX} bytes.",
-        {"limit_bytes": BODY_BYTES_MAX},
-        {"Connection": "close"},
-    )
+    """The body exceeds the limit. The connection stays open: closing it would cut off clients that are still sending."""
+    sentence = f"A JSON body has at most {BODY_BYTES_MAX} bytes."
+    return Problem("payload_too_large", sentence, {"limit_bytes": BODY_BYTES_MAX})
 
 
 def problem_of_validation(error: RequestValidationError, model: type[BaseModel] | None) -> Problem:

@@ -58,6 +58,7 @@ CODES: dict[str, tuple[int, str]] = {
     "overloaded": (503, "Overloaded"),
     "upstream_timeout": (504, "The answer took too long"),
 }
+DAY_S = 86_400
 RETRY_AFTER_S = {"dependency_unavailable": 1, "overloaded": 1, "too_many_concurrent_requests": 1}
 
 
@@ -148,9 +149,7 @@ def _of_refusal(refusal: Refusal, by_owner: bool, base_url: str) -> Problem:
         case "insufficient_credits":
             return Problem(refusal.code, detail, _credits_facts(facts, by_owner, base_url), headers)
         case "plan_limit_exceeded":
-            policy = {"name": f"{facts['meter']}-day", "limit": facts["limit"]}
-            headers["Retry-After"] = str(facts["resets_in_s"])
-            return Problem(refusal.code, detail, {**facts, "violated-policies": [policy]}, headers)
+            return Problem(refusal.code, detail, *_limit_facts(facts, headers))
         case (
             "agent_state_conflict" | "custom_tool_limit" | "version_mismatch" | "too_many_concurrent_requests"
         ):
@@ -159,6 +158,22 @@ def _of_refusal(refusal: Refusal, by_owner: bool, base_url: str) -> Problem:
             return Problem(code, detail, None, headers)
         case code:
             return Problem("conflict", detail, {"reason": code}, headers)
+
+
+def quota_headers(meter: str, limit: int, left: int, resets_in_s: int) -> dict[str, str]:
+    """A daily quota as draft-ietf-httpapi-ratelimit-headers-10 writes it."""
+    name = f"{meter.replace('_', '-')}s-day"
+    return {
+        "RateLimit-Policy": f'"{name}";q={limit};w={DAY_S}',
+        "RateLimit": f'"{name}";r={left};t={resets_in_s}',
+    }
+
+
+def _limit_facts(facts: Mapping[str, Any], headers: Headers) -> tuple[dict[str, Any], dict[str, str]]:
+    quota = quota_headers(facts["meter"], facts["limit"], 0, facts["resets_in_s"])
+    policy = {"name": f"{facts['meter'].replace('_', '-')}s-day", "limit": facts["limit"]}
+    retry = {"Retry-After": str(facts["resets_in_s"])}
+    return {**facts, "violated-policies": [policy]}, {**headers, **quota, **retry}
 
 
 def _credits_facts(facts: Mapping[str, Any], by_owner: bool, base_url: str) -> dict[str, Any]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from api.call import Call
+from api.errors import quota_headers
 from domain.credit_account import CreditAccount
 from domain.errors import NotFound
 from domain.ids import account_of
 from domain.money import credits
-
-DAY_S = 86_400
 
 
 async def say_quota(call: Call, meter: str) -> None:
@@ -24,10 +23,10 @@ async def say_quota(call: Call, meter: str) -> None:
         call.say("Oshaani-Credits-Available", credits(account.available_ncr))
     limits, now = server.rules.plans[account.plan], server.clock()
     left = account.remaining(meter, now, limits)
-    if left is not None:
-        name = f"{meter.replace('_', '-')}s-day"
-        call.say("RateLimit-Policy", f'"{name}";q={limits[meter]};w={DAY_S}')
-        call.say("RateLimit", f'"{name}";r={left};t={seconds_left_today(now)}')
+    limit = limits.get(meter)
+    if left is not None and limit is not None:
+        for name, value in quota_headers(meter, limit, left, seconds_left_today(now)).items():
+            call.say(name, value)
 
 
 def seconds_left_today(now: datetime) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -63,7 +64,9 @@ class Client:
     ) -> Answer:
         """One request; `key` goes where its kind belongs."""
         sent = {**authorization(key), **(headers or {})}
-        data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        encoded = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        # The client warns of large bodies that are bytes.
+        data = io.BytesIO(encoded) if encoded else encoded
         if data is not None:
             sent.setdefault("Content-Type", "application/json")
         async with self._session.request(

@@ -200,7 +200,10 @@ class _Parts:
 
 def _parts(log: Breakable, pool: Pool, closing: AsyncExitStack, base_url: str) -> _Parts:
     records = Records(MemoryKeyRing(), MemoryObjectStore())
-    rules = Rules(plans_with({"free": {"message": 200, "agent_create": 20}}), turn_deadline_s=60.0)
+    rules = Rules(
+        plans_with({"free": {"message": 200, "agent_create": 20}, "starter": {"message": 1}}),
+        turn_deadline_s=60.0,
+    )
     bus = Bus(log, records, rules)
     projector = Runner(pool, deadline, log, records)
     model, feed, vault, egress = ScriptedModel(), MemoryTurnFeed(), MemoryVault(), EgressClient()
