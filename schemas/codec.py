@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from uuid import UUID
@@ -35,6 +36,9 @@ _NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")
 _REPLACED = rb"\1\\ufffd"
 
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
 class UnknownEvent(Exception):
     """The log has an event type or version that this program does not know; it must not be skipped."""
 
@@ -49,7 +53,14 @@ class EventType:
     version: int
     personal: tuple[str, ...]
     public: tuple[str, ...]
-    creates: bool
+    tail: bytes  # an envelope for the decoder to fill fields that are set afterwards
+    erased: bytes  # what stands for personal fields that cannot be opened any more
+    decode: Callable[[bytes], AggregateEvent]
+
+    @property
+    def creates(self) -> bool:
+        """Whether it begins an aggregate."""
+        return issubclass(self.event_class, AggregateCreated)
 
 
 def encode(event: AggregateEvent) -> tuple[bytes, bytes | None]:
@@ -77,16 +88,22 @@ def decode(
     kind = EVENT_TYPES.get(name)
     if kind is None or version > kind.version:
         raise UnknownEvent(f"event type {name!r} version {version}")
-    found = decode_json(payload)
-    if kind.personal:
-        found.update(decode_json(personal) if personal is not None else dict.fromkeys(kind.personal))
+    joined = _joined(kind, payload, personal)
     if version < kind.version:
-        found = upcast(name, version, kind.version, found)
-    found["originator_id"], found["originator_version"] = stream
-    found["timestamp"] = recorded_at
-    if kind.creates:
-        found["originator_topic"] = kind.aggregate.TOPIC  # type: ignore[attr-defined]
-    return msgspec.convert(found, kind.event_class)
+        found = decode_json(joined)
+        envelope = {field: found.pop(field) for field in ENVELOPE if field in found}
+        joined = encode_json(upcast(name, version, kind.version, found) | envelope)
+    event = kind.decode(joined)
+    vars(event).update(originator_id=stream[0], originator_version=stream[1], timestamp=recorded_at)
+    return event
+
+
+def _joined(kind: EventType, payload: bytes, personal: bytes | None) -> bytes:
+    """One JSON object of both parts and an envelope to be filled in: one pass of the decoder makes the event."""
+    head = b"{" if payload == b"{}" else payload[:-1] + b","
+    if not kind.personal:
+        return head + kind.tail
+    return head + (kind.erased if personal is None else personal[1:-1]) + b"," + kind.tail
 
 
 @cache
@@ -129,8 +146,19 @@ def _describe(name: str, event_class: type[AggregateEvent], aggregate: type[Root
     personal = tuple(field for field in own if _is_personal(hints[field]))
     public = tuple(field for field in own if field not in personal)
     version = int(getattr(event_class, "class_version", 1))
+    envelope: dict[str, Any] = {"originator_id": UUID(int=0), "originator_version": 0, "timestamp": _EPOCH}
+    if issubclass(event_class, AggregateCreated):
+        envelope["originator_topic"] = aggregate.TOPIC  # type: ignore[attr-defined]
     return EventType(
-        name, event_class, aggregate, version, personal, public, issubclass(event_class, AggregateCreated)
+        name,
+        event_class,
+        aggregate,
+        version,
+        personal,
+        public,
+        tail=encode_json(envelope)[1:],
+        erased=encode_json(dict.fromkeys(personal))[1:-1],
+        decode=msgspec.json.Decoder(event_class).decode,
     )
 
 

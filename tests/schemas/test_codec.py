@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from enum import Enum
 from functools import reduce
@@ -184,9 +185,7 @@ def test_what_has_another_type_than_the_event_says_is_refused(payload: bytes) ->
 def test_an_old_version_is_read_as_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upcasters, "UPCASTERS", dict(UPCASTERS))
     kind = EVENT_TYPES["User.Promoted"]
-    newest = EventType(
-        kind.name, kind.event_class, kind.aggregate, 3, kind.personal, kind.public, kind.creates
-    )
+    newest = replace(kind, version=3)
     monkeypatch.setitem(EVENT_TYPES, "User.Promoted", newest)
 
     @upcasts("User.Promoted", 1)
