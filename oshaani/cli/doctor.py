@@ -49,12 +49,12 @@ async def _examine() -> list[Finding]:
 
 async def _database(settings: Settings, is_running: bool) -> list[Finding]:
     """What the database says; its absence is a finding too."""
-    from oshaani.cli import doctor_database
+    from oshaani.cli import doctor_database, doctor_host
 
     try:
         async with AsyncExitStack() as stack:
             dsn = await stack.enter_async_context(open_database(settings))
-            return await doctor_database.examine(dsn, is_running)
+            return await doctor_database.examine(dsn, is_running, doctor_host.readable_key(settings))
     except Failed as missing:
         return [warn("database", str(missing), "the first `oshaani up` makes it")]
     except Exception as failure:

@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 
+from adapters.crypto import MASTER_KEY_ID_BYTES, MasterKey
 from adapters.postgres.pool import READ_PLANS, connect, deadline
 from oshaani.cli.findings import Finding, fail, ok, warn
 from oshaani.processor_host import READER
@@ -40,9 +41,15 @@ _WORKERS = """
     SELECT worker, extract(epoch FROM clock_timestamp() - beat_at)::float8 FROM worker ORDER BY beat_at DESC LIMIT 5
 """
 
+_KEY_IDS = """
+    SELECT substring(wrapped FROM 1 FOR %s), count(*) FROM data_key WHERE wrapped IS NOT NULL GROUP BY 1
+"""
 
-async def examine(dsn: str, is_running: bool) -> list[Finding]:
+
+async def examine(dsn: str, is_running: bool, key: bytes | None) -> list[Finding]:
     """Everything the database can tell. `is_running`: a server is expected to keep up with it.
+
+    `key` is the master key, as far as there is one.
 
     Raises:
         psycopg.OperationalError, OSError, TimeoutError: it cannot be reached.
@@ -56,7 +63,7 @@ async def examine(dsn: str, is_running: bool) -> list[Finding]:
             )
             if row[0] is None:
                 return [*found, fail("tables", "they are not there", "run `oshaani migrate`")]
-            found.append(await _log(connection))
+            found += [await _log(connection), *await _sealed_with(connection, key)]
             if row[1] is None:
                 return [*found, warn("read models", "not built yet", START)]
             found += [await _read_models(connection, is_running), await _parked(connection)]
@@ -108,6 +115,19 @@ async def _log(connection: Connection) -> Finding:
     )
     (size,) = await _row(connection, "SELECT pg_size_pretty(pg_database_size(current_database()))")
     return ok("log", f"{events} events in {shards} shards; the database has {size}")
+
+
+async def _sealed_with(connection: Connection, key: bytes | None) -> list[Finding]:
+    """Whether our master key is the one that everything is sealed with."""
+    cursor = await connection.execute(_KEY_IDS, (MASTER_KEY_ID_BYTES,))
+    counts = {bytes(key_id): count for key_id, count in await cursor.fetchall()}
+    if not counts or key is None:
+        return []
+    foreign = sum(count for key_id, count in counts.items() if key_id != MasterKey(key).id)
+    if not foreign:
+        return [ok("data keys", f"{sum(counts.values())}, all wrapped by our master key")]
+    detail = f"{foreign} of {sum(counts.values())} data keys are wrapped by another master key"
+    return [fail("data keys", detail, "give back the master key that was used before")]
 
 
 async def _read_models(connection: Connection, is_running: bool) -> Finding:

@@ -70,6 +70,16 @@ def master_key_file(settings: Settings) -> Finding:
     return ok("master key", f"{where}; keep a copy in a safe place, nothing replaces it")
 
 
+def readable_key(settings: Settings) -> bytes | None:
+    """The master key, if it is there and can be read; it is not made."""
+    if settings.given_master_key is None and not settings.master_key_file.exists():
+        return None
+    try:
+        return master_key(settings)
+    except SettingsInvalid:
+        return None
+
+
 def listening(settings: Settings) -> Finding:
     """Whether passwords would cross a network in the clear."""
     beyond = not _is_loopback(settings.host)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from domain.ports import ModelCard
 from oshaani.cli.findings import Finding, fail, ok, warn
-from oshaani.cli.http import api_at
+from oshaani.cli.http import NotOshaani, api_at
 from oshaani.cli.serve import FREE_CALLS, is_given_away
 from oshaani.cli.trouble import Failed
 from oshaani.models import model_registry
@@ -25,12 +25,14 @@ async def server(settings: Settings) -> list[Finding]:
     try:
         async with api_at(url, READY_S) as api:
             status, body = await api.exchange("GET", "/readyz", None, None)
-    except Failed as silent:
-        return [warn("server", str(silent), "start it: `oshaani up`")]
-    checks = body.get("checks")
-    if not isinstance(checks, list):
-        detail = f"something else answers at {url}"
-        return [fail("server", detail, "stop that, or set OSHAANI_PORT to another port")]
+            checks = body.get("checks")
+            if not isinstance(checks, list):
+                raise NotOshaani
+    except NotOshaani:
+        fix = "stop that, or set OSHAANI_PORT to another port"
+        return [fail("server", f"something else answers at {url}", fix)]
+    except Failed:
+        return [warn("server", f"none answers at {url}", "start it: `oshaani up`")]
     bad = [f"{check['name']}: {check['detail']}" for check in checks if not check.get("ok")]
     if status == 200:
         return [ok("server", f"ready at {url}")]

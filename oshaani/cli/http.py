@@ -18,6 +18,10 @@ ANSWER_BYTES_MAX = 5_000_000
 DETAIL_CHARS_MAX = 300
 
 
+class NotOshaani(Failed):
+    """Something answers, and it is another kind of server."""
+
+
 class Api:
     """One client: it keeps its cookies, whatever the address of the server."""
 
@@ -78,7 +82,7 @@ class Api:
         except orjson.JSONDecodeError:
             found = None
         if not isinstance(found, dict):
-            raise Failed(f"what answers at {self.base_url} is not Oshaani; name the server with --url")
+            raise NotOshaani(f"what answers at {self.base_url} is not Oshaani; name the server with --url")
         return found
 
 

@@ -12,7 +12,7 @@ from uuid import UUID
 import typer
 
 from oshaani.cli import show
-from oshaani.cli.session import open_core, run
+from oshaani.cli.session import check_read_models, open_core, run
 from oshaani.cli.show import AsJson
 from oshaani.cli.trouble import Failed
 
@@ -199,6 +199,7 @@ def skip(
 
 async def _list_parked() -> list[ParkedStream]:
     async with open_core() as core:
+        await check_read_models(core)
         return await _parking(core).streams()
 
 
@@ -207,6 +208,7 @@ async def _go_on(projection: str, stream: UUID, *, skip: bool) -> bool:
 
     _check_name(projection)
     async with open_core() as core:
+        await check_read_models(core)
         parking = _parking(core)
         try:
             return await (parking.skip if skip else parking.retry)(projection, stream)

@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 
 

@@ -25,6 +25,7 @@ def _sayings() -> tuple[tuple[tuple[type[Exception], ...], str], ...]:
     import psycopg
     from psycopg_pool import PoolTimeout
 
+    from adapters.crypto import NotAuthentic, UnknownMasterKey
     from adapters.postgres.data_folder import EmbeddedPostgresFault
     from domain.errors import Refusal
     from domain.event_log import LogUnavailable
@@ -37,6 +38,11 @@ def _sayings() -> tuple[tuple[tuple[type[Exception], ...], str], ...]:
         (
             (LogUnavailable, psycopg.OperationalError, PoolTimeout, TimeoutError),
             "the database cannot be used: {}; see `oshaani doctor`",
+        ),
+        (
+            (UnknownMasterKey, NotAuthentic),
+            "what is stored was sealed under another master key ({}); set the right OSHAANI_MASTER_KEY or "
+            "OSHAANI_MASTER_KEY_FILE",
         ),
         ((ReadSideUnavailable,), "the read models cannot be used: {}; see `oshaani doctor`"),
         ((UnknownEvent,), "the log was written by a newer version of this program ({}); install that one"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shlex
@@ -145,6 +146,24 @@ def test_the_doctor_warns_of_openings_and_of_free_calls(on_server: Cli, server: 
     assert "agents also reach networks 10.0.0.0/8" in ran.out
     assert "openai:gone (OSHAANI_DEFAULT_MODEL) is not offered by its provider" in ran.out
     assert "cost 0 credits while openai:gone costs money" in ran.out
+
+
+def test_the_doctor_finds_a_master_key_that_is_not_the_one_in_use(
+    on_server: Cli, started: dict[str, Any]
+) -> None:
+    other = base64.b64encode(bytes(32)).decode()
+    ran = on_server("doctor", OSHAANI_MASTER_KEY=other)
+    assert ran.code == 1
+    assert "are wrapped by another master key" in ran.out
+    ran = on_server("events", "tail", "--personal", OSHAANI_MASTER_KEY=other)
+    assert ran.err.startswith("oshaani: what is stored was sealed under another master key")
+
+
+def test_the_doctor_names_a_foreign_server_on_our_port(on_server: Cli, server: Up, model_url: str) -> None:
+    port = model_url.rstrip("/").rpartition(":")[2].partition("/")[0]
+    ran = on_server("doctor", OSHAANI_PORT=port)
+    assert ran.code == 1
+    assert "something else answers at" in ran.out
 
 
 def test_the_doctor_fails_when_a_configured_model_is_silent(on_server: Cli) -> None:
