@@ -7,6 +7,7 @@ from typing import cast
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -90,7 +91,7 @@ async def _not_valid(request: Request, error: Exception) -> Response:
 async def _no_route(request: Request, error: Exception) -> Response:
     failure = cast(HTTPException, error)
     if failure.status_code == 405:
-        allowed = (failure.headers or {}).get("Allow", "")
+        allowed = ", ".join(_methods_of(request))
         problem = Problem("method_not_allowed", f"Use {allowed}.", None, {"Allow": allowed})
     elif failure.status_code == 404:
         problem = Problem("not_found", "There is no such page.")
@@ -100,6 +101,13 @@ async def _no_route(request: Request, error: Exception) -> Response:
     else:
         problem = Problem("malformed_json", str(failure.detail))
     return _respond(request, problem)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """What the path takes: each method is a route of its own."""
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
+    fitting = [route for route in routes if route.path_regex.match(request.scope["path"])]
+    return sorted({method for route in fitting for method in route.methods or ()})
 
 
 def _respond(request: Request, problem: Problem) -> Response:

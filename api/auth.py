@@ -122,6 +122,7 @@ async def log_in(request: Request, call: CallDep, body: LoginBody) -> Response:
         failures.note((address, f"client:{call.client}"), now)
         raise Problem("invalid_credentials", "The e-mail address or the password is wrong.")
     failures.forget(address)
+    await call.shared.principals.replace_session(request)
     return await _enter(call, UserId(login.user_id), body.email, "", 200)
 
 

@@ -150,13 +150,22 @@ class Principals:
                 name, value, lasts_s, path="/", secure=self._secure, httponly=hidden, samesite="lax"
             )
 
+    async def replace_session(self, request: Request) -> None:
+        """End the session that a browser still has when it logs in again: its token may be known to others."""
+        token = request.cookies.get(self.session_cookie) if "cookie" in request.headers else None
+        found = await self.of_session(token) if token else None
+        if found is not None:
+            await self._end(bytes.fromhex(found.credential))
+
     async def end_session(self, principal: Principal, response: Response) -> None:
         """Log the calling browser out."""
-        digest = bytes.fromhex(principal.credential)
-        _remember(self._sessions, digest, (time.monotonic() + self._server.limits.session_s, None))
-        await self._server.sessions.end(digest)
+        await self._end(bytes.fromhex(principal.credential))
         for name in (self.session_cookie, self.csrf_cookie):
             response.delete_cookie(name, path="/", secure=self._secure, samesite="lax")
+
+    async def _end(self, digest: bytes) -> None:
+        _remember(self._sessions, digest, (time.monotonic() + self._server.limits.session_s, None))
+        await self._server.sessions.end(digest)
 
     async def of_session(self, token: str) -> Principal | None:
         """The person whose browser this is; None when the session has ended."""

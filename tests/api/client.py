@@ -92,11 +92,16 @@ class Client:
             yield _events(response)
 
 
+HEARTBEAT = Event("heartbeat", "", {})
+
+
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[Event]:
     fields: dict[str, str] = {}
     async for line in response.content:
         text = line.decode().rstrip("\n")
-        if text:
+        if text.startswith(":"):
+            yield HEARTBEAT
+        elif text:
             name, _, value = text.partition(": ")
             fields[name] = value
         elif "event" in fields:

@@ -251,7 +251,7 @@ def _parts(log: Breakable, pool: Pool, closing: AsyncExitStack, base_url: str) -
         caught_up=projector.caught_up,
         next_agent_number=next_number,
         ready=ready,
-        limits=Limits(sync_timeout_s=3.0, heartbeat_s=1.5),
+        limits=Limits(sync_timeout_s=3.0, heartbeat_s=1.0),
         version="0.0.0",
     )
     tasks = [projector.run(), host.run(), sweeper.beat(), sweeper.run()]

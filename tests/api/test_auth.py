@@ -53,6 +53,10 @@ async def test_logging_in_again_gives_a_new_session_and_no_more_credits(client: 
     assert first["Cookie"] != second["Cookie"]
     balance = await client.send("GET", "/api/billing/balance", headers=second)
     assert balance.data["posted"] == "200.00"
+    body = {"email": address, "password": PASSWORD}
+    third = browser(await client.send("POST", "/api/auth/login", body, headers={"Cookie": second["Cookie"]}))
+    assert (await client.send("GET", "/api/auth/me", headers=second)).status == 401
+    assert (await client.send("GET", "/api/auth/me", headers=third)).status == 200
 
 
 async def test_a_session_cookie_is_hidden_from_scripts_and_other_sites(client: Client) -> None:

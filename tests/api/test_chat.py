@@ -6,7 +6,7 @@ import asyncio
 from uuid import uuid4
 
 from api.samples import SAMPLES
-from tests.api.client import Client, Event, Person
+from tests.api.client import HEARTBEAT, Client, Event, Person
 
 
 async def test_a_chat_is_answered_as_the_requirements_print_it(ada: Person) -> None:
@@ -307,3 +307,13 @@ async def test_a_revoked_key_hears_no_more_within_a_second(ada: Person) -> None:
                 revoked_at = loop.time()
     assert loop.time() - revoked_at < 1.5
     ada.platform.model.open_gate(gate)
+
+
+async def test_a_silent_stream_shows_that_it_is_alive(ada: Person) -> None:
+    gate = str(uuid4())
+    body = {"message": f"[[gate {gate}]]", "stream": True}
+    async with ada.client.events("POST", "/api/v1/chat", body, key=ada.agent_key) as stream:
+        async for event in stream:
+            if event is HEARTBEAT:
+                ada.platform.model.open_gate(gate)
+    assert event.name == "done"
