@@ -121,15 +121,17 @@ class Checked:
     violations: tuple[Violation, ...]
 
 
-async def verify(log: EventLog, pool: Pool, deadline: Deadline) -> list[Checked]:
-    """Check every law, the laws of credits among them.
+async def verify(
+    log: EventLog, pool: Pool, deadline: Deadline, catch_up_s: float = CATCH_UP_S
+) -> list[Checked]:
+    """Check every law, the laws of credits among them; `catch_up_s` is what the read models get to follow.
 
     Raises:
         LogUnavailable, ReadSideUnavailable: nothing was proven.
     """
     watch = CheckpointWatch(pool, deadline)
     db = ReadSide(pool, deadline, watch)
-    found = [await _read_models_follow(log, watch)]
+    found = [await _read_models_follow(log, watch, catch_up_s)]
     async with db.snapshot(LIMIT_S) as connection:
         await connection.execute(_TURNS.encode(), prepare=False)
         for law, query in CHECKS.items():
@@ -141,16 +143,16 @@ async def verify(log: EventLog, pool: Pool, deadline: Deadline) -> list[Checked]
     return [*found, Checked(credit, tuple(await reconcile(db)))]
 
 
-async def _read_models_follow(log: EventLog, watch: CheckpointWatch) -> Checked:
+async def _read_models_follow(log: EventLog, watch: CheckpointWatch, limit_s: float) -> Checked:
     """What was in the log when the audit began must reach every read model soon."""
     law = "read models are level with the log"
     heads = {shard: head for shard, head in (await log.heads()).items() if head}
-    reached = await asyncio.gather(*(watch(shard, head, CATCH_UP_S) for shard, head in heads.items()))
+    reached = await asyncio.gather(*(watch(shard, head, limit_s) for shard, head in heads.items()))
     late = [shard for shard, there in zip(heads, reached, strict=True) if not there]
     return Checked(
         law,
         tuple(
-            Violation(law, str(shard), f"some are behind {heads[shard]} after {CATCH_UP_S:.0f} s")
+            Violation(law, str(shard), f"some are behind {heads[shard]} after {limit_s:g} s")
             for shard in late
         ),
     )

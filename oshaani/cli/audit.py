@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -47,9 +47,14 @@ def reconcile(as_json: AsJson = False) -> None:
 
 
 @audit.command()
-def verify(as_json: AsJson = False) -> None:
+def verify(
+    wait: Annotated[
+        float, typer.Option(min=0, max=600, help="Seconds that the read models get to follow the log.")
+    ] = 5.0,
+    as_json: AsJson = False,
+) -> None:
     """Prove that the log is whole, turns end, read models follow and credits add up; exit 1 when something is wrong."""
-    checked = run(_verify())
+    checked = run(_verify(wait))
     failed = any(each.violations for each in checked)
     if as_json:
         show.document({"ok": not failed, "checks": [asdict(each) for each in checked]})
@@ -70,13 +75,13 @@ async def _reconcile() -> list[Violation]:
         return await prove(core.db)
 
 
-async def _verify() -> list[Checked]:
+async def _verify(wait_s: float) -> list[Checked]:
     from adapters.postgres.pool import deadline
     from oshaani.audit import verify as prove
 
     async with open_core() as core:
         await check_read_models(core)
-        return await prove(core.log, core.pool, deadline)
+        return await prove(core.log, core.pool, deadline, wait_s)
 
 
 def _print_violations(found: Sequence[Violation]) -> None:

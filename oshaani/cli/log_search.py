@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+import psycopg
+
 from adapters.postgres.pool import deadline
 from domain.event_log import StoredEvent
 from domain.ids import SHARDS, event_id, hold_of, shard_of
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
 
 PAGE = 500
 POLL_S = 0.3  # how late a followed event may be shown
+POSITION_MAX = 2**63 - 1
+TRAIL = 200_000  # events of its shard behind a turn's last among which its money is looked for
 LEAD = 30  # events that the command which accepted a turn may have written before it
 SCAN_PAGE = 20_000
-SEARCH_S = 10.0
+SEARCH_S = 10.0  # the session's own limit on a statement
 LATEST_MAX = 100_000
 
 _COLUMNS = ", ".join(StoredEvent._fields)
@@ -73,11 +77,11 @@ class Filter:
 
 async def latest(core: Core, wanted: Filter, limit: int, heads: Mapping[int, int]) -> list[StoredEvent]:
     """The last `limit` events up to `heads` that fit, oldest first."""
-    shard, first = await _range_of(core, wanted)
+    shard, first, last = await _range_of(core, wanted)
     shards = range(SHARDS) if shard is None else [shard]
     arguments = {
         "shards": list(shards),
-        "heads": [heads.get(each, 0) for each in shards],
+        "heads": [min(last, heads.get(each, 0)) for each in shards],
         "first": first,
         "tenant_id": wanted.tenant_id,
         "stream_id": wanted.stream_id,
@@ -120,15 +124,18 @@ async def with_id(core: Core, id: UUID) -> StoredEvent | None:
     return None
 
 
-async def _range_of(core: Core, wanted: Filter) -> tuple[int | None, int]:
-    """The shard that all wanted events are in, if that is known, and the position they begin at."""
+async def _range_of(core: Core, wanted: Filter) -> tuple[int | None, int, int]:
+    """The shard that all wanted events are in, if that is known, and between which positions they are."""
     known = wanted.turn_id or wanted.stream_id
-    if known is not None:
-        first = await first_event(core.log, known)
-        if first is None:
-            raise Failed(f"there is no {'turn' if wanted.turn_id else 'stream'} {known} in the log")
-        return first.shard, max(1, first.position - LEAD)
-    return (shard_of(wanted.tenant_id) if wanted.tenant_id else None), 1
+    if known is None:
+        return (shard_of(wanted.tenant_id) if wanted.tenant_id else None), 1, POSITION_MAX
+    first = await first_event(core.log, known)
+    if first is None:
+        raise Failed(f"there is no {'turn' if wanted.turn_id else 'stream'} {known} in the log")
+    last = POSITION_MAX
+    if wanted.turn_id is not None:
+        last = (await core.log.read_stream(first.shard, known, 1))[0].position + TRAIL
+    return first.shard, max(1, first.position - LEAD), last
 
 
 def _like(pattern: str) -> str:
@@ -138,8 +145,12 @@ def _like(pattern: str) -> str:
 
 
 async def _fetch(core: Core, query: str, arguments: Any) -> list[Any]:
-    async with core.pool.connection() as connection:
-        with deadline(connection, SEARCH_S + 1):
-            cursor = await connection.execute(query.encode(), arguments)
-            found: list[Any] = await cursor.fetchall()
-            return found
+    try:
+        async with core.pool.connection() as connection:
+            with deadline(connection, SEARCH_S + 1):
+                cursor = await connection.execute(query.encode(), arguments)
+                found: list[Any] = await cursor.fetchall()
+                return found
+    except psycopg.errors.QueryCanceled as late:
+        hint = "look for less with --tenant, --stream or --turn"
+        raise Failed(f"looking through the log took longer than {SEARCH_S:.0f} s; {hint}") from late
