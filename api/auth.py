@@ -26,7 +26,7 @@ from domain.user import User, canonical_email
 from projections.users import get_user
 
 PASSWORD_CHARS_MIN, PASSWORD_CHARS_MAX = 8, 1024
-FAILURES_MAX, FAILURES_S = 10, 900.0  # of one address or one client, before it has to wait
+FAILURES_MAX, FAILURES_ANYWHERE_MAX, FAILURES_S = 10, 100, 900.0
 WATCHED_MAX = 10_000
 _EMAIL = re.compile(r"[^@\s\x00-\x1f\x7f]{1,64}@[^@\s\x00-\x1f\x7f.]+(\.[^@\s\x00-\x1f\x7f.]+)*")
 
@@ -63,36 +63,41 @@ class UserData(BaseModel):
 
 
 class Failures:
-    """Failed logins of late, by address and by client: guessing is slowed down, whoever guesses."""
+    """Failed logins of late, so that guessing is slowed down.
+
+    Counted by address and client together, and with more patience by address alone: a stranger elsewhere does not
+    lock a person out at once, and a proxy that all share locks out nobody.
+    """
 
     def __init__(self) -> None:
-        self._failures: OrderedDict[str, tuple[int, datetime]] = OrderedDict()
+        self._failures: OrderedDict[tuple[str, str], tuple[int, datetime]] = OrderedDict()
 
-    def check(self, names: tuple[str, ...], now: datetime) -> None:
+    def check(self, address: str, client: str, now: datetime) -> None:
         """Refuse further tries for a while.
 
         Raises:
             Problem: too many have failed.
         """
-        for name in names:
+        for name, most in (((address, client), FAILURES_MAX), ((address, ""), FAILURES_ANYWHERE_MAX)):
             count, since = self._failures.get(name, (0, now))
             left_s = FAILURES_S - (now - since).total_seconds()
-            if count >= FAILURES_MAX and left_s > 0:
+            if count >= most and left_s > 0:
                 headers = {"Retry-After": str(int(left_s) + 1)}
                 raise Problem("rate_limited", "Too many failed logins; try again later.", None, headers)
 
-    def note(self, names: tuple[str, ...], now: datetime) -> None:
+    def note(self, address: str, client: str, now: datetime) -> None:
         """One more has failed."""
-        for name in names:
+        for name in ((address, client), (address, "")):
             count, since = self._failures.pop(name, (0, now))
             fresh = (now - since).total_seconds() < FAILURES_S
             self._failures[name] = (count + 1, since) if fresh else (1, now)
             if len(self._failures) > WATCHED_MAX:
                 self._failures.popitem(last=False)
 
-    def forget(self, name: str) -> None:
+    def forget(self, address: str, client: str) -> None:
         """It was the right one after all."""
-        self._failures.pop(name, None)
+        self._failures.pop((address, client), None)
+        self._failures.pop((address, ""), None)
 
 
 @router.post("/api/auth/register", status_code=201, response_model=Envelope[UserData])
@@ -113,15 +118,15 @@ async def log_in(request: Request, call: CallDep, body: LoginBody) -> Response:
     """Log in with a new session; the first login brings the free credits."""
     call.shared.principals.check_same_site(request)
     server, failures = call.server, call.shared.failures
-    now, address = server.clock(), f"address:{canonical_email(body.email)[:254]}"
-    failures.check((address, f"client:{call.client}"), now)
+    now, address = server.clock(), canonical_email(body.email)
+    failures.check(address, call.client, now)
     login = await server.logins.find(body.email)
     # As much work for nobody as for somebody, so that the time tells nothing.
     right = await server.passwords.verify(login.password_hash if login else None, body.password)
     if login is None or not right:
-        failures.note((address, f"client:{call.client}"), now)
+        failures.note(address, call.client, now)
         raise Problem("invalid_credentials", "The e-mail address or the password is wrong.")
-    failures.forget(address)
+    failures.forget(address, call.client)
     await call.shared.principals.replace_session(request)
     return await _enter(call, UserId(login.user_id), body.email, "", 200)
 

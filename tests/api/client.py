@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import aiohttp
 
@@ -123,7 +123,7 @@ class Person:
 
     platform: Platform
     client: Client
-    user_id: UUID
+    user_id: UserId
     key: str
     agent: int
     agent_key: str

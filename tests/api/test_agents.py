@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from api.samples import SAMPLES
+from domain.agent import Agent
+from domain.ids import agent_of
 from tests.api.client import Client, Person
 
 
@@ -146,10 +150,7 @@ async def test_a_custom_tools_secrets_are_never_shown_and_kept_when_sent_back_ma
     assert ada.platform.run(vault.get(ada.user_id, ref)) is None
 
 
-async def _stored(ada: Person) -> dict[str, object]:
-    from domain.agent import Agent
-    from domain.ids import agent_of
-
+async def _stored(ada: Person) -> dict[str, Any]:
     agent = ada.platform.run(ada.platform.server.bus.read(Agent, agent_of(ada.agent), ada.user_id))
     return dict(agent.custom_tools["weather"])
 

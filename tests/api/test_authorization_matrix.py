@@ -119,7 +119,7 @@ async def things(ada: Person) -> dict[str, str]:
 async def head_of(person: Person) -> tuple[int, int]:
     """How much has happened to a person, and to which shard."""
     platform = person.platform
-    shard = shard_of(person.user_id)  # type: ignore[arg-type]
+    shard = shard_of(person.user_id)
     rows = platform.run(platform.log.read_after({shard: 0}, 100_000))
     return shard, sum(1 for row in rows if row.tenant_id == person.user_id)
 
