@@ -1,0 +1,33 @@
+"""`oshaani up` that dies by SIGKILL at a place of the test's choice.
+
+SIGUSR1 arms the point named in the file that CRASH_POINT_FILE names; from then on its first visit is the end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from domain import crash_points
+
+FILE = "CRASH_POINT_FILE"
+ARMED = "armed: "
+
+
+def arm(*_: Any) -> None:
+    """The test has written the name, and waits for ours."""
+    point = Path(os.environ[FILE]).read_text()
+    crash_points.arm(point)
+    sys.stderr.write(f"{ARMED}{point}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGUSR1, arm)
+    from oshaani.cli import main
+
+    sys.argv = ["oshaani", "up"]
+    main()
