@@ -84,7 +84,6 @@ class Limits:
 
     sync_timeout_s: float = 120.0  # of a chat call; then the answer is polled for
     read_wait_s: float = 2.0  # for read models to have what the caller wrote
-    body_bytes_max: int = 1_000_000
     session_s: float = 14 * 86_400.0
     heartbeat_s: float = 15.0  # between comments on a silent stream
     key_cache_s: float = 1.0  # how long a revocation by another process may go unnoticed

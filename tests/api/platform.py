@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 from typing import Annotated, Any
@@ -176,7 +176,6 @@ class Platform:
     model: ScriptedModel
     log: Breakable
     app: Any
-    passwords: dict[str, str] = field(default_factory=dict)
 
     def run(self, work: Any) -> Any:
         """Run a coroutine where the server runs."""
