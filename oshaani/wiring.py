@@ -191,6 +191,7 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
             limits=Limits(session_s=settings.session_days * 86_400.0),
             version=__version__,
         )
+
         def committed(records: Sequence[AnyRecord]) -> None:
             history.observe(records)
             feed.publish(records)
