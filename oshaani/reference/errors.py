@@ -71,7 +71,7 @@ _ADVICE: dict[str, tuple[str, str]] = {
     ),
     "too_many_concurrent_requests": ("yes", "`limit`; header `Retry-After`"),
     "internal_error": ("yes, with the same Idempotency-Key", ""),
-    "upstream_failed": ("yes", "`request_id` of the turn, `reason`"),
+    "upstream_failed": ("yes", "`request_id` of the turn, `reason` or `provider`"),
     "dependency_unavailable": ("yes, with the same Idempotency-Key", "header `Retry-After`"),
     "overloaded": ("yes", "header `Retry-After`"),
     "upstream_timeout": ("yes", "`request_id` of the turn, `reason`"),
