@@ -66,13 +66,11 @@ CACHED_MAX = 10_000  # aggregates in memory
 UNAVAILABLE_PAUSE_S = 0.2
 INSIST_S = 2.0  # after which a log that does not answer is not asked again before its callers are told
 ACCEPTED = "accepted"
-NOTHING = None, None
 
 AggregateT = TypeVar("AggregateT", bound=Root)
 Place = tuple[int, UUID]  # a stream: its shard and its id
-Known = tuple[
-    UUID | None, Root | None
-]  # whose an aggregate is, and the aggregate; None for what does not exist
+Known = tuple[UUID | None, Root | None]  # whose an aggregate is, and the aggregate
+NOTHING: Known = None, None  # what does not exist
 
 
 class Overloaded(Exception):
@@ -178,23 +176,24 @@ class Bus:
         # A caller that goes away does not take the command with it.
         return await asyncio.shield(waiting.future)
 
-    async def read(self, aggregate_class: type[AggregateT], id: UUID, tenant_id: UserId) -> AggregateT:
-        """The aggregate as this process knows it: never older than its own writes.
+    async def read(
+        self, aggregate_class: type[AggregateT], id: UUID, tenant_id: UserId, version: int = 1
+    ) -> AggregateT:
+        """The aggregate as this process knows it: never older than its own writes, nor than `version`.
 
         Raises:
             NotFound: no such thing of this tenant.
             LogUnavailable: it must be loaded and the log cannot be reached.
         """
         shard = shard_of(tenant_id)
-        if (shard, id) not in self._cache:
+        owner, found = self._cache.get((shard, id), NOTHING)
+        if found is None or found.version < version:
             async with self._reading:
                 synced = await self._log.sync({}, [(shard, id)])
                 owner, found = await self._loaded(shard, id, synced)
             # Only a view of the very head that the cache stands at may join it.
             if self._heads.setdefault(shard, synced.heads[shard]) == synced.heads[shard]:
                 self._remember((shard, id), owner, found)
-        else:
-            owner, found = self._cache[shard, id]
         if owner != tenant_id or not isinstance(found, aggregate_class):
             raise NotFound(noun_of(aggregate_class))
         return found

@@ -46,7 +46,7 @@ agent_turns = Processor("agent_turns")
 @agent_turns.on(Turn.Accepted)
 async def accepted(record: AnyRecord, work: Work) -> None:
     if not record.event.queued and not record.event.invoked:
-        await step(TurnId(record.stream_id), UserId(record.tenant_id), work)
+        await step(TurnId(record.stream_id), UserId(record.tenant_id), work, record.stream_version)
 
 
 @agent_turns.on(Conversation.TurnActivated)
@@ -56,7 +56,7 @@ async def activated(record: AnyRecord, work: Work) -> None:
 
 @agent_turns.on(Turn.ToolCalled, Turn.ToolCallOutcomeUnknown)
 async def tool_called(record: AnyRecord, work: Work) -> None:
-    await step(TurnId(record.stream_id), UserId(record.tenant_id), work)
+    await step(TurnId(record.stream_id), UserId(record.tenant_id), work, record.stream_version)
 
 
 @agent_turns.on(Turn.ModelCallFailed)
@@ -70,12 +70,12 @@ async def ended_early(record: AnyRecord, work: Work) -> None:
     work.stop_turn(record.stream_id)
 
 
-async def step(turn_id: TurnId, tenant_id: UserId, work: Work) -> None:
-    """Do what the turn needs next, if it is ours to do."""
+async def step(turn_id: TurnId, tenant_id: UserId, work: Work, version: int = 1) -> None:
+    """Do what the turn needs next, as of `version` of its stream or later, if it is ours to do."""
     if turn_id in work.running:
         return
     try:
-        turn = await work.bus.read(Turn, turn_id, tenant_id)
+        turn = await work.bus.read(Turn, turn_id, tenant_id, version)
         now = work.clock()
         match next_action(turn, now):
             case AskModel(not_before=at) as action if at is None or at <= now:

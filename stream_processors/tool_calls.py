@@ -33,15 +33,17 @@ tool_calls = Processor("tool_calls")
 async def requested(record: AnyRecord, work: Work) -> None:
     if not record.event.approval_required:
         turn_id, tenant_id = TurnId(record.stream_id), UserId(record.tenant_id)
-        await run_tool(turn_id, record.event.tool_call_id, tenant_id, work)
+        await run_tool(turn_id, record.event.tool_call_id, tenant_id, work, record.stream_version)
 
 
-async def run_tool(turn_id: TurnId, tool_call_id: ToolCallId, tenant_id: UserId, work: Work) -> None:
-    """Run a tool call that waits, if nobody else has taken it."""
+async def run_tool(
+    turn_id: TurnId, tool_call_id: ToolCallId, tenant_id: UserId, work: Work, version: int = 1
+) -> None:
+    """Run a tool call that waits as of `version` of the turn's stream or later, if nobody else has taken it."""
     if tool_call_id in work.running:
         return
     try:
-        turn = await work.bus.read(Turn, turn_id, tenant_id)
+        turn = await work.bus.read(Turn, turn_id, tenant_id, version)
         call = turn.tool_calls.get(tool_call_id)
         if turn.outcome is not None or call is None or call.status != "requested":
             return

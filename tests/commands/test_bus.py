@@ -566,6 +566,30 @@ async def test_a_reader_that_was_first_does_not_spoil_what_is_decided_next(
     assert (await account(fresh, owner)).held_ncr == 2 * TURN_NCR
 
 
+async def test_a_reader_that_knows_of_a_version_never_gets_an_older_one(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    other = another(bus, log, records)
+    stale = await account(other, owner)
+    id = account_of(owner.tenant_id)
+    for number in range(1, 4):
+        await bus.execute(owner.message(), by=BY)
+        version = stale.version + number
+        assert (await other.read(CreditAccount, id, owner.tenant_id, version)).version == version
+    await other.execute(owner.message(), by=BY)
+    assert (await account(other, owner)).held_ncr == 4 * TURN_NCR
+
+
+async def test_what_somebody_else_has_begun_since_is_found(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    other, command = another(bus, log, records), owner.message()
+    with pytest.raises(NotFound):
+        await other.read(Turn, command.turn_id, owner.tenant_id)
+    await bus.execute(command, by=BY)
+    assert (await other.read(Turn, command.turn_id, owner.tenant_id)).outcome is None
+
+
 # --- callers
 
 

@@ -13,6 +13,10 @@ from adapters.memory.event_log import MemoryEventLog
 from domain.event_log import Batch, CommandRow, LogUnavailable
 from domain.ports import Effect, ModelErrorClass, ModelReply, ModelRequest, ToolContext, ToolResult
 from domain.turn import OUTCOME_UNKNOWN, WORKERS_LOST_MAX, Turn
+from stream_processors.agent_turns import agent_turns
+from stream_processors.credit_debits import credit_debits
+from stream_processors.processor import handlers_of
+from stream_processors.tool_calls import tool_calls
 from tests.commands.write_side import rules
 from tests.stream_processors.conftest import Staged
 from tests.stream_processors.stage import (
@@ -241,6 +245,21 @@ async def test_two_workers_never_do_a_step_twice(staged: Staged) -> None:
     assert {each.story[-1] for each in told} == {"Completed"}
     assert set(stage.models.of_call().values()) == {1}
     assert sorted(arguments["q"] for arguments, _ in tool.runs) == list(range(20))
+
+
+async def test_a_step_is_taken_by_whoever_hears_of_it_not_by_who_took_the_last(staged: Staged) -> None:
+    """As when records are shared out: one worker runs the tools, another one asks the model."""
+    stage = staged(ScriptedModels(wants(("lookup", {"q": 1})), says("Found.")), CountedTool())
+    turns, tools = stage.worker(), stage.worker()
+    turns.host._handlers = handlers_of((agent_turns,))
+    tools.host._handlers = handlers_of((tool_calls, credit_debits))
+    for worker in (turns, tools):
+        worker.start(sweeper=False)
+    await stage.begin()
+    told = await stage.ask()
+    (started, *_) = told.events(Turn.ToolCallStarted)
+    assert started.worker == tools.work.worker
+    assert {event.worker for event in told.events(Turn.ModelCallStarted)} == {turns.work.worker}
 
 
 async def test_two_sweepers_take_lost_work_up_once(staged: Staged) -> None:
