@@ -58,7 +58,7 @@ def _help_of(parameter: TyperArgument | TyperOption) -> str:
     said = (parameter.help or "").splitlines()
     default = parameter.default
     shown = default is not None and not callable(default) and default not in ("", False)
-    return " ".join([*said, *([f"Default: {default}."] if shown else [])])
+    return " ".join([*said, *([f"Default: `{default}`."] if shown else [])])
 
 
 def _first_line(command: TyperCommand) -> str:
