@@ -32,6 +32,7 @@ class Story:
     version: int = 0
     accepted: Turn.Accepted | None = None
     begun: bool = False
+    model: str | None = None
     text: str | None = None
     open_call: tuple[int, int] | None = None  # iteration and attempt of the model call under way
     calls: dict[UUID, dict[str, Any]] = field(default_factory=dict)
@@ -52,7 +53,8 @@ class Story:
             case Turn.Accepted():
                 self.accepted = event
             case Turn.ModelCallStarted():
-                self.begun, self.open_call = True, (event.iteration, event.attempt)
+                self.begun, self.model = True, event.model
+                self.open_call = (event.iteration, event.attempt)
             case Turn.ModelCallCompleted():
                 self.text = FORGOTTEN if event.output is None else event.output
                 self.open_call = None

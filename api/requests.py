@@ -46,6 +46,7 @@ class RequestData(BaseModel):
     request_id: str
     conversation_id: str | None
     status: str = Field(examples=["completed"])
+    model: str | None = Field(default=None, examples=["ollama:llama3.2"])
 
 
 @router.get("/api/requests", response_model=Listed[RequestData], tags=["Requests"])
@@ -77,7 +78,7 @@ async def get_request(call: AnyCall, request_id: RequestId) -> Response:
     """One request, in every state."""
     story = await visible_story(call, turn_named(request_id))
     shown = await conversation_shown(call, story.conversation_id, call.caller().owner_id)
-    return enveloped(polled(story, shown), "The request.")
+    return enveloped({**polled(story, shown), "model": story.model}, "The request.")
 
 
 @router.get("/api/requests/{request_id}/events", response_class=StreamingResponse)
@@ -137,6 +138,7 @@ def data_of(row: RequestRow, by_owner: bool) -> dict[str, Any]:
         "response": row.response,
         "tool_calls": row.tool_calls,
         "iterations": row.iterations,
+        "model": row.model,
         "mode": row.mode,
         "code": row.code,
         "error_message": row.error_message,

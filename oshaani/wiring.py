@@ -75,6 +75,7 @@ class Core:
     projector: Runner
     db: ReadSide
     keys: HmacApiKeys
+    logins: identity.PostgresLogins
     secret: bytes  # what the server signs with, derived from the master key
 
 
@@ -122,6 +123,7 @@ async def core_of(settings: Settings, dsn: str) -> AsyncIterator[Core]:
         bus = Bus(log, records, rules, utc_now)
         projector = Runner(pool, deadline, log, records)
         db = ReadSide(pool, deadline, projector.caught_up)
+        secret = derive(key, "server")
         yield Core(
             settings=settings,
             dsn=dsn,
@@ -134,7 +136,8 @@ async def core_of(settings: Settings, dsn: str) -> AsyncIterator[Core]:
             projector=projector,
             db=db,
             keys=HmacApiKeys(key),
-            secret=derive(key, "server"),
+            logins=identity.PostgresLogins(pool, derive(secret, "e-mail addresses")),
+            secret=secret,
         )
 
 
@@ -176,7 +179,7 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
             clock=utc_now,
             keys=core.keys,
             key_uses=identity.PostgresKeyUses(core.pool),
-            logins=identity.PostgresLogins(core.pool, derive(core.secret, "e-mail addresses")),
+            logins=core.logins,
             sessions=identity.PostgresSessions(core.pool),
             passwords=passwords,
             vault=core.vault,

@@ -74,6 +74,7 @@ class RequestRow:
     finish: str | None
     code: str | None
     error_message: str | None
+    model: str | None
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
@@ -88,9 +89,10 @@ _SELECT = """
     SELECT r.request_id, r.tenant_id, r.agent_id, r.conversation_id, c.name AS conversation_name, r.mode, r.status,
            r.queued, r.meter, r.actor, q.content AS question, a.content AS response,
            coalesce(t.calls, '[]') AS tool_calls, r.iterations, r.charged_ncr, r.finish, r.code, r.error_message,
-           r.created_at, r.started_at, r.ended_at, r.last_position
+           m.model, r.created_at, r.started_at, r.ended_at, r.last_position
       FROM request r
       LEFT JOIN conversation c ON c.conversation_id = r.conversation_id
+      LEFT JOIN turn m ON m.turn_id = r.request_id
       LEFT JOIN message q ON q.turn_id = r.request_id AND q.role = 'user'
       LEFT JOIN message a ON a.turn_id = r.request_id AND a.role = 'assistant'
       LEFT JOIN LATERAL (

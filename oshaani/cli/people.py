@@ -11,8 +11,6 @@ from uuid import UUID, uuid4
 
 import typer
 
-from adapters.crypto import derive
-from adapters.postgres.identity import PostgresLogins
 from domain.agent import Agent
 from domain.ids import AgentId, UserId, agent_of, derived, shard_of
 from domain.user import User
@@ -166,7 +164,7 @@ async def _create_user(email: str, name: str, password: str, operator: bool) -> 
         finally:
             await passwords.close()
         user_id = UserId(uuid4())
-        reserved = await _logins(core).reserve(email, Login(user_id, password_hash))
+        reserved = await core.logins.reserve(email, Login(user_id, password_hash))
         if reserved.user_id != user_id:
             raise Failed(f"there is already an account with the address {email!r}")
         # The ids that the API would give the same registration, so that the two can never do it twice.
@@ -255,14 +253,10 @@ async def _owner_of(core: Core, owner: str) -> KeyOwner:
 
 
 async def _user_of(core: Core, email: str) -> UserId:
-    login = await _logins(core).find(email)
+    login = await core.logins.find(email)
     if login is None:
         raise Failed(f"nobody is registered with the address {email!r}")
     return UserId(login.user_id)
-
-
-def _logins(core: Core) -> PostgresLogins:
-    return PostgresLogins(core.pool, derive(core.secret, "e-mail addresses"))
 
 
 def _keys_in(records: Sequence[AnyRecord]) -> list[KeyLine]:

@@ -136,12 +136,7 @@ async def _charges(api: Api, as_user: dict[str, str], request_id: str) -> list[d
 
 async def _model(api: Api, as_user: dict[str, str], request_id: str) -> str:
     """The name of the model that answered."""
-    request = _data(await api.get(f"/api/requests/{request_id}", as_user))
-    if request.get("model"):
-        return str(request["model"])
-    # Agents that name no model have the first one of the list that can use tools, see the registry of models.
-    models = (await api.get("/api/models/", as_user))["data"]
-    return str(next((model for model in models if model["tools"]), models[0])["name"])
+    return str(_data(await api.get(f"/api/requests/{request_id}", as_user))["model"])
 
 
 def _data(answer: dict[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,8 @@ async def test_a_conversation_is_begun_without_waiting_and_its_answer_fetched(ad
     answer = await ada.client.send("GET", path, key=ada.agent_key)
     assert answer.json["response"] == "You said: What is machine learning?"
     assert answer.json["conversation_id"] == accepted.json["conversation_id"]
+    told = await ada.send("GET", f"/api/requests/{accepted.json['request_id']}")
+    assert told.data["model"] == "scripted:one", told.raw
     again = await ada.client.send(
         "GET", path, key=ada.agent_key, headers={"If-None-Match": answer.headers["ETag"]}
     )
