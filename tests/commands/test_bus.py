@@ -77,6 +77,7 @@ class CountingLog:
     def __init__(self, log: EventLog) -> None:
         self._log = log
         self.batches: list[Batch] = []
+        self.locks = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._log, name)
@@ -84,6 +85,10 @@ class CountingLog:
     async def append(self, batch: Batch) -> Any:
         self.batches.append(batch)
         return await self._log.append(batch)
+
+    def locked(self, shards: Sequence[int]) -> Any:
+        self.locks += 1
+        return self._log.locked(shards)
 
 
 def another(bus: Bus, log: EventLog, records: Records) -> Bus:
@@ -336,6 +341,28 @@ async def test_waiting_commands_are_written_together(log: EventLog, records: Rec
     assert len(counting.batches) <= 2
     assert max(len(batch.commands) for batch in counting.batches) <= GROUP_MAX
     assert {shard_of(owner.tenant_id) for owner in owners} == set(counting.batches[-1].heads)
+
+
+async def test_who_was_overtaken_decides_again_on_what_is_new(log: EventLog, records: Records) -> None:
+    counting = CountingLog(log)
+    bus, other = Bus(counting, records, rules()), Bus(log, records, rules())
+    owner = await signed_up(bus)
+    opened: list[int] = []
+    open_rows = records.open
+
+    async def counted(rows: Any) -> Any:
+        opened.append(len(rows))
+        return await open_rows(rows)
+
+    records.open = counted  # type: ignore[method-assign]
+    for _ in range(5):
+        await other.execute(owner.message(), by=BY)
+        opened.clear()
+        counting.batches.clear()
+        await bus.execute(owner.message(), by=BY)
+        assert (len(counting.batches), counting.locks) == (2, 0)
+        # The account's and the agent's news, not their whole stories.
+        assert sum(opened) <= 2
 
 
 async def test_a_group_has_a_limit(log: EventLog, records: Records) -> None:
