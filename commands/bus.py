@@ -203,6 +203,11 @@ class Bus:
         if self._serving is not None:
             await asyncio.shield(self._serving)
 
+    @property
+    def waiting(self) -> int:
+        """Commands that wait to be decided."""
+        return len(self._queue)
+
     # --- the queue
 
     async def _join(self, already: Waiting, digest: bytes) -> Outcome:

@@ -77,6 +77,11 @@ class ProcessorHost:
         """Records not finished yet."""
         return sum(max(0, head - self._finished(shard)) for shard, head in heads.items())
 
+    @property
+    def unfinished(self) -> int:
+        """Records delivered and not finished yet."""
+        return sum(map(len, self._unfinished.values()))
+
     # --- reading
 
     async def _follow(self) -> None:

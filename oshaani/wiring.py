@@ -33,6 +33,7 @@ from commands.command import Rules
 from domain.event_log import LogUnavailable
 from oshaani import __version__
 from oshaani.master_key import master_key
+from oshaani.metrics import PlatformMetrics
 from oshaani.models import NumberedModels, model_registry
 from oshaani.processor_host import ProcessorHost
 from oshaani.settings import Settings
@@ -195,11 +196,14 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
             version=__version__,
         )
 
+        metrics = PlatformMetrics(server.metrics, lambda: _queues(core, host, work))
+
         def committed(records: Sequence[AnyRecord]) -> None:
             history.observe(records)
             feed.publish(records)
             host.offer(records)
             core.projector.offer(records)
+            metrics.observe(records)
 
         core.bus.on_commit = committed
         app = create_app(server)
@@ -218,6 +222,16 @@ async def _next_agent_number(pool: Pool) -> int:
             row = await cursor.fetchone()
     assert row is not None
     return int(row[0])
+
+
+def _queues(core: Core, host: ProcessorHost, work: Work) -> dict[str, int]:
+    return {
+        "commands": core.bus.waiting,
+        "processors": host.unfinished,
+        "read_models": max(core.projector.lag().values(), default=0),
+        "calls": len(work.running),
+        "poisoned": len(host.poisoned),
+    }
 
 
 async def _ready(core: Core, host: ProcessorHost) -> Sequence[Check]:

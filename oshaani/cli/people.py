@@ -13,6 +13,7 @@ import typer
 
 from domain.agent import Agent
 from domain.ids import AgentId, UserId, agent_of, derived, shard_of
+from domain.money import credits, ncr
 from domain.user import User
 from oshaani.cli import show
 from oshaani.cli.session import open_core, run
@@ -98,6 +99,24 @@ def promote_user(
         show.document({"user_id": user_id, "email": email, "role": role})
     else:
         show.line(f"{email} has the role {role!r}.")
+
+
+@user.command("grant")
+def grant_credits(
+    email: Email,
+    amount: Annotated[str, typer.Argument(metavar="CREDITS", help="How many, for example '12.5'.")],
+    as_json: AsJson = False,
+) -> None:
+    """Give a person credits."""
+    try:
+        amount_ncr = ncr(amount)
+    except ValueError as fault:
+        raise Failed(str(fault)) from fault
+    posted = credits(run(_grant(email, amount_ncr)))
+    if as_json:
+        show.document({"email": email, "granted_credits": credits(amount_ncr), "balance_credits": posted})
+    else:
+        show.line(f"{email} was given {credits(amount_ncr)} credits and has {posted}.")
 
 
 @keys.command("list")
@@ -186,6 +205,20 @@ async def _promote(email: str, role: str) -> UserId:
         user_id = await _user_of(core, email)
         await core.bus.execute(PromoteUser(tenant_id=user_id, role=role), by=ACTOR)
         return user_id
+
+
+async def _grant(email: str, amount_ncr: int) -> int:
+    from commands.credit_account import GrantCredits
+    from commands.user import LogIn
+
+    async with open_core() as core:
+        user_id = await _user_of(core, email)
+        await core.bus.execute(
+            LogIn(tenant_id=user_id), by=ACTOR
+        )  # the account is there from the first login on
+        command = GrantCredits(tenant_id=user_id, grant_id=uuid4(), kind="adjustment", amount_ncr=amount_ncr)
+        outcome = await core.bus.execute(command, by=ACTOR)
+        return int(outcome.result["posted_ncr"])
 
 
 async def _list(owner: str) -> list[KeyLine]:

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from api.metrics import HttpMetrics
+from oshaani.metrics import QUEUES, PlatformMetrics
 from oshaani.reference.markdown import code, page, table
 
 _INTRODUCTION = """
@@ -17,8 +18,10 @@ Prometheus' text format; units are part of the names. Labels never hold ids: `ro
 def metrics_page() -> str:
     """The whole page."""
     registry = CollectorRegistry()
-    metrics = HttpMetrics(registry)
-    metrics.count("/api/v1/chat", "POST", 200, 0.1)  # a family names its labels with its first sample
+    HttpMetrics(registry).count(
+        "/api/v1/chat", "POST", 200, 0.1
+    )  # a family names its labels with its first sample
+    PlatformMetrics(registry, lambda: dict.fromkeys(QUEUES, 0))
     rows = [_row(family) for family in registry.collect()]
     return page("Metrics", _INTRODUCTION, table(("name", "type", "labels", ""), rows))
 
