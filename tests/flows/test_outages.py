@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import UUID
@@ -56,13 +58,11 @@ def test_a_server_told_to_stop_finishes_what_it_can(database_url: str, tmp_path:
 
 
 @pytest.fixture
-def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> PostgresServer:
-    folder = tmp_path_factory.mktemp("postgres")
-    for parent in (folder, *folder.parents[:3]):
-        # As root, the server runs under its own user.
-        if parent.name.startswith(("pytest", "postgres")):
-            parent.chmod(0o755)
-    return PostgresServer(folder)
+def own_postgres() -> Iterator[PostgresServer]:
+    # As root, the server runs under its own user, which may not enter pytest's folders.
+    with tempfile.TemporaryDirectory(prefix="oshaani-own-postgres-") as folder:
+        Path(folder).chmod(0o755)
+        yield PostgresServer(Path(folder))
 
 
 def test_a_database_killed_under_load_loses_nothing_that_was_acknowledged(
