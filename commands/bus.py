@@ -65,6 +65,7 @@ FREE_TRIES = 2  # before the shards are locked
 CACHED_MAX = 10_000  # aggregates in memory
 UNAVAILABLE_PAUSE_S = 0.2
 INSIST_S = 2.0  # after which a log that does not answer is not asked again before its callers are told
+LATEST = 2**31  # as a version to read: whatever the log has now, not what is in memory
 ACCEPTED = "accepted"
 
 AggregateT = TypeVar("AggregateT", bound=Root)

@@ -15,8 +15,8 @@ from datetime import timedelta
 from functools import partial
 from hashlib import sha256
 
+from commands.bus import LATEST
 from commands.turn import AbandonModelCall, CompleteModelCall, EndOverdueTurn, FailModelCall, StartModelCall
-from domain.agent import Agent
 from domain.conversation import Conversation
 from domain.crash_points import crash_point
 from domain.errors import Refusal
@@ -36,7 +36,7 @@ from domain.turn import Answer, AskedTool, AskModel, GiveUp, RunTools, Turn, cal
 from schemas.codec import storable, storable_json
 from schemas.records import AnyRecord
 from stream_processors.processor import Processor, Work
-from stream_processors.tool_calls import run_tool
+from stream_processors.tool_calls import agent_of, run_tool
 
 log_of = logging.getLogger(__name__)
 
@@ -102,15 +102,15 @@ async def abandon(turn_id: TurnId, tenant_id: UserId, lost_worker: str, work: Wo
         tenant_id=tenant_id, turn_id=turn_id, lost_worker=lost_worker, error_class=error_class
     )
     try:
-        turn = await work.bus.read(Turn, turn_id, tenant_id)
+        turn = await work.bus.read(Turn, turn_id, tenant_id, LATEST)
         await work.ask(command, derived(turn_id, "abandon", turn.version, work.worker), turn_id)
     except Refusal:
         pass  # it was not at a model call, or has just recorded its end
-    await step(turn_id, tenant_id, work)
+    await step(turn_id, tenant_id, work, LATEST)
 
 
 async def _ask_model(turn: Turn, action: AskModel, work: Work) -> None:
-    agent = await work.bus.read(Agent, turn.agent_id, turn.owner_id)
+    agent = await agent_of(turn, work)
     model_id, settings = agent.settings_at(turn.config_version)
     card = await work.models.resolve(model_id)
     tools = work.toolbox.offered(agent, settings) if action.with_tools and card and card.tools else {}

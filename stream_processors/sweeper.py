@@ -9,6 +9,7 @@ import asyncio
 import logging
 from datetime import datetime, timedelta
 
+from commands.bus import LATEST
 from domain.event_log import DueRow, EventLog, LogUnavailable
 from domain.ids import ToolCallId, TurnId, UserId
 from stream_processors.agent_turns import abandon, step
@@ -79,11 +80,12 @@ class Sweeper:
                 if row.lost_worker:
                     await abandon(turn_id, tenant_id, row.lost_worker, work)
                 else:
-                    await step(turn_id, tenant_id, work)
+                    # What is in memory may be older than what made the row.
+                    await step(turn_id, tenant_id, work, LATEST)
             elif row.lost_worker:
                 await retake_tool(turn_id, ToolCallId(row.id), tenant_id, row.lost_worker, work)
             else:
-                await run_tool(turn_id, ToolCallId(row.id), tenant_id, work)
+                await run_tool(turn_id, ToolCallId(row.id), tenant_id, work, LATEST)
         except LogUnavailable as failure:
             log_of.warning("due work on turn %s waits: %s", turn_id, failure)
         except Exception:

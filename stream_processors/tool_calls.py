@@ -11,6 +11,7 @@ import logging
 import time
 from datetime import timedelta
 
+from commands.bus import LATEST
 from commands.turn import CompleteToolCall, RefuseToolCall, RetakeToolCall, StartToolCall
 from domain.agent import Agent
 from domain.crash_points import crash_point
@@ -65,13 +66,13 @@ async def retake_tool(
     if lost_worker == work.worker:
         work.stop(tool_call_id)
     try:
-        turn = await work.bus.read(Turn, turn_id, tenant_id)
+        turn = await work.bus.read(Turn, turn_id, tenant_id, LATEST)
         call = turn.tool_calls.get(tool_call_id)
         tool = await _tool_of(turn, call, work) if call is not None else None
         if call is None or call.status == "ended":
             return None
         if call.status == "requested":
-            return await run_tool(turn_id, tool_call_id, tenant_id, work)
+            return await run_tool(turn_id, tool_call_id, tenant_id, work, LATEST)
         command = RetakeToolCall(
             tenant_id=tenant_id,
             turn_id=turn_id,
@@ -166,8 +167,17 @@ async def _run(turn: Turn, call: ToolCall, tool: Tool | None, attempt: int, work
         pass  # the turn was cancelled, timed out or taken over meanwhile
 
 
-async def _tool_of(turn: Turn, call: ToolCall, work: Work) -> Tool | None:
+async def agent_of(turn: Turn, work: Work) -> Agent:
+    """The agent, with the configuration that the turn began with."""
     agent = await work.bus.read(Agent, turn.agent_id, turn.owner_id)
+    if agent.config_version < turn.config_version:
+        # Another process has changed it since it was read here.
+        agent = await work.bus.read(Agent, turn.agent_id, turn.owner_id, LATEST)
+    return agent
+
+
+async def _tool_of(turn: Turn, call: ToolCall, work: Work) -> Tool | None:
+    agent = await agent_of(turn, work)
     _, settings = agent.settings_at(turn.config_version)
     return work.toolbox.offered(agent, settings).get(call.tool)
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from adapters.memory.event_log import MemoryEventLog
+from commands.agent import ChangeAgent
+from domain.agent import Agent
 from domain.event_log import Batch, CommandRow, LogUnavailable
 from domain.ports import Effect, ModelErrorClass, ModelReply, ModelRequest, ToolContext, ToolResult
 from domain.turn import OUTCOME_UNKNOWN, WORKERS_LOST_MAX, Turn
@@ -17,12 +19,13 @@ from stream_processors.agent_turns import agent_turns
 from stream_processors.credit_debits import credit_debits
 from stream_processors.processor import handlers_of
 from stream_processors.tool_calls import tool_calls
-from tests.commands.write_side import rules
+from tests.commands.write_side import BY, rules
 from tests.stream_processors.conftest import Staged
 from tests.stream_processors.stage import (
     CountedTool,
     ScriptedModels,
     Stage,
+    fails,
     hangs,
     says,
     until,
@@ -260,6 +263,49 @@ async def test_a_step_is_taken_by_whoever_hears_of_it_not_by_who_took_the_last(s
     (started, *_) = told.events(Turn.ToolCallStarted)
     assert started.worker == tools.work.worker
     assert {event.worker for event in told.events(Turn.ModelCallStarted)} == {turns.work.worker}
+
+
+async def test_a_sweeper_is_not_misled_by_what_it_remembers(staged: Staged) -> None:
+    failed = asyncio.Event()
+
+    async def fails_late(request: ModelRequest) -> ModelReply:
+        await failed.wait()
+        raise fails(ModelErrorClass.OVERLOADED)
+
+    stage = staged(ScriptedModels(fails_late, says("By the other one.")))
+    first = stage.worker().start(sweeper=False)
+    await stage.begin()
+    sent = await stage.send()
+    await until(lambda: is_asked(stage), "the model call")
+    second = stage.worker()
+    turn = await second.bus.read(Turn, sent.turn_id, sent.tenant_id)
+    assert turn.open_call is not None
+    failed.set()
+    await until(lambda: nothing_under_way(stage), "the failure")
+    second.start(host=False)
+    told = await stage.end_of(sent.turn_id)
+    assert [event.worker for event in told.events(Turn.ModelCallStarted)] == [
+        first.work.worker,
+        second.work.worker,
+    ]
+
+
+async def test_a_turn_runs_with_the_configuration_it_began_with(staged: Staged) -> None:
+    stage = staged()
+    gate = stage.worker().start(host=False, sweeper=False)
+    await stage.begin(system_prompt="old")
+    other = stage.worker().start()
+    await other.bus.read(Agent, stage.owner.agent_id, stage.owner.tenant_id)
+    change = {"configuration": {"system_prompt": "new"}}
+    await gate.bus.execute(
+        ChangeAgent(tenant_id=stage.owner.tenant_id, agent_id=stage.owner.agent_id, patch=change), by=BY
+    )
+    await stage.ask()
+    assert stage.models.requests[0].system == "new"
+
+
+async def nothing_under_way(stage: Stage) -> bool:
+    return stage.models.under_way == 0
 
 
 async def test_two_sweepers_take_lost_work_up_once(staged: Staged) -> None:
