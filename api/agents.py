@@ -159,7 +159,6 @@ async def delete_agent(call: UserCall, once: OnceDep, agent_id: AgentNumber) -> 
     """Delete an agent and revoke its keys; its charges stay."""
     outcome = await call.execute(DeleteAgent(**_of(call, agent_id)), once.command_id, once.digest)
     await call.shown(outcome)
-    call.shared.principals.forget_agent(agent_of(agent_id))
     return enveloped(None, "Agent deleted.")
 
 
@@ -233,7 +232,6 @@ async def _change(call: Call, once: Once, command: Command, message: str) -> Res
     if isinstance(command, PublishAgent | UnpublishAgent):
         # Its keys are let in by the read models: have them know before the owner does.
         await call.shown(outcome)
-        call.shared.principals.forget_agent(command.agent_id)
     return _changed(call, outcome.result, message)
 
 

@@ -43,6 +43,10 @@ CSRF_HEADER = "x-csrf-token"
 CHALLENGE = {"WWW-Authenticate": 'Bearer realm="oshaani", ApiKey realm="oshaani"'}
 
 
+_REVOKING = frozenset({User.ApiKeyRevoked, Agent.KeyRevoked})
+_PUBLISHING = frozenset({Agent.Published, Agent.Unpublished, Agent.Deleted})
+
+
 class Principals:
     """Recognises callers. One for each process."""
 
@@ -50,8 +54,9 @@ class Principals:
         self._server = server
         self._keys: OrderedDict[str, tuple[float, ApiKeyRow | None]] = OrderedDict()
         self._sessions: OrderedDict[bytes, tuple[float, Session | None]] = OrderedDict()
-        # What this process knows to be revoked stays so, however far behind the read models are.
+        # What this process has heard from the log is so, however far behind the read models are.
         self._revoked: OrderedDict[str, None] = OrderedDict()
+        self._published: OrderedDict[UUID, bool] = OrderedDict()
         self._used: OrderedDict[str, datetime] = OrderedDict()
         self._noting: set[asyncio.Task[None]] = set()
         secure = server.base_url.startswith("https://")
@@ -77,7 +82,7 @@ class Principals:
             raise Problem("invalid_api_key", "This is not an API key of this server.", None, CHALLENGE)
         if row.revoked_at is not None or key_id in self._revoked:
             raise Problem("key_revoked", "This API key was revoked; use another one.", None, CHALLENGE)
-        if row.agent_published is False:
+        if not self._serves(row):
             raise Problem(
                 "agent_not_published", "The agent of this key is not published; its keys are suspended."
             )
@@ -93,9 +98,22 @@ class Principals:
         if cached is not None and cached[0] > now:
             row = cached[1]
         else:
-            row = await find_key(self._server.db, key_id)
-            _remember(self._keys, key_id, (now + self._server.limits.key_cache_s, row))
+            row = await self._look_up(key_id)
         return row if self._server.keys.matches(text, row.digest if row else None) else None
+
+    async def _look_up(self, key_id: str) -> ApiKeyRow | None:
+        row = await find_key(self._server.db, key_id)
+        limits = self._server.limits
+        # A key that is not there yet may be about to come; what happens to one that is, the log tells.
+        lasts_s = limits.session_cache_s if row is None else limits.key_cache_s
+        _remember(self._keys, key_id, (time.monotonic() + lasts_s, row))
+        return row
+
+    def _serves(self, row: ApiKeyRow) -> bool:
+        """Whether the key's agent, if it is one's, is published."""
+        if row.agent_id is None:
+            return True
+        return self._published.get(row.agent_id, row.agent_published is not False)
 
     def _note_use(self, key_id: str) -> None:
         now = self._server.clock()
@@ -115,21 +133,20 @@ class Principals:
             log_of.warning("the last use of key %s was not noted: %r", key_id, failure)
 
     def on_records(self, records: Sequence[AnyRecord]) -> None:
-        """Follow what this process commits."""
+        """Follow the log: what this process commits, and what others do."""
         for record in records:
-            match record.event:
-                case User.ApiKeyRevoked(key_id=key_id) | Agent.KeyRevoked(key_id=key_id):
-                    _remember(self._revoked, key_id, None)
-                case Agent.Published() | Agent.Unpublished() | Agent.Deleted():
-                    self.forget_agent(record.stream_id)
-                case _:
-                    pass
+            kind = type(record.event)
+            if kind in _REVOKING:
+                _remember(self._revoked, record.event.key_id, None)
+            elif kind in _PUBLISHING:
+                _remember(self._published, record.stream_id, kind is Agent.Published)
+                if kind is Agent.Deleted:
+                    self._revoke_all(record.stream_id)
 
-    def forget_agent(self, agent_id: UUID) -> None:
-        """What was known of an agent's keys may have changed: look them up again."""
-        for key_id, (_, row) in list(self._keys.items()):
+    def _revoke_all(self, agent_id: UUID) -> None:
+        for key_id, (_, row) in self._keys.items():
             if row is not None and row.agent_id == agent_id:
-                del self._keys[key_id]
+                _remember(self._revoked, key_id, None)
 
     # --- sessions
 
@@ -180,7 +197,7 @@ class Principals:
             session = cached[1]
         else:
             session = await self._server.sessions.find(digest, self._server.clock())
-            _remember(self._sessions, digest, (now + self._server.limits.key_cache_s, session))
+            _remember(self._sessions, digest, (now + self._server.limits.session_cache_s, session))
         if session is None or session.expires_at <= self._server.clock():
             return None
         user_id = UserId(session.user_id)
@@ -196,9 +213,8 @@ class Principals:
         now = time.monotonic()
         row = cached[1] if cached is not None and cached[0] > now else None
         if row is None:
-            row = await find_key(self._server.db, principal.credential)
-            _remember(self._keys, principal.credential, (now + self._server.limits.key_cache_s, row))
-        return row is not None and row.revoked_at is None and row.agent_published is not False
+            row = await self._look_up(principal.credential)
+        return row is not None and row.revoked_at is None and self._serves(row)
 
     # --- browsers
 

@@ -86,7 +86,8 @@ class Limits:
     read_wait_s: float = 2.0  # for read models to have what the caller wrote
     session_s: float = 14 * 86_400.0
     heartbeat_s: float = 15.0  # between comments on a silent stream
-    key_cache_s: float = 0.5  # how long a revocation by another process may go unnoticed
+    key_cache_s: float = 60.0  # a key's row; revocations, also by other processes, are heard from the log
+    session_cache_s: float = 0.5  # how long a session ended by another process may go unnoticed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

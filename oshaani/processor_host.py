@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from commands.bus import Overloaded
 from domain.crash_points import crash_point
 from domain.event_log import EventLog, LogUnavailable
 from domain.ids import SHARDS
-from schemas.records import AnyRecord, Records, Unreadable
+from schemas.records import AnyRecord, Record, Records, Unreadable
 from stream_processors.processor import Handler, Processor, Work, handlers_of
 
 log_of = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ log_of = logging.getLogger(__name__)
 READER: Final = "processors"
 PAGE = 500  # records read at once
 BACKLOG_MAX = 2_000  # records of the log being handled at once while catching up
-POLL_S = 0.5  # how late what other processes wrote may be noticed
+POLL_S = 0.25  # how late what other processes wrote may be noticed
 SAVE_S = 0.5  # how often the cursor is saved; what is redelivered after a kill
 ATTEMPTS_MAX = 6
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.1, 5.0
@@ -33,8 +33,16 @@ BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.1, 5.0
 class ProcessorHost:
     """Delivers every record to the processors that want it, at least once and in the background."""
 
-    def __init__(self, log: EventLog, records: Records, processors: Sequence[Processor], work: Work) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        records: Records,
+        processors: Sequence[Processor],
+        work: Work,
+        on_foreign: Callable[[Sequence[AnyRecord]], None] = lambda records: None,
+    ) -> None:
         self._log, self._records, self._work = log, records, work
+        self.on_foreign = on_foreign  # is told of what was read from the log, mostly what others wrote
         self._handlers = handlers_of(processors)
         self._seen: dict[int, int] = {}
         self._unfinished: dict[int, dict[int, int]] = {shard: {} for shard in range(SHARDS)}
@@ -92,6 +100,8 @@ class ProcessorHost:
                 for record in await self._records.open_some(rows, personal=()):
                     if record.position == self._seen[record.shard] + 1:
                         self._take(record)
+                        if isinstance(record, Record):
+                            self.on_foreign((record,))
                 if len(rows) == PAGE:
                     await self._ebb()
                     continue

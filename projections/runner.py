@@ -36,7 +36,7 @@ log_of = logging.getLogger(__name__)
 
 BATCH_MAX = 1_000  # records in one transaction
 OFFERED_MAX = 50_000  # records kept in memory; beyond it they are read from the log again
-LINGER_S = 0.05  # how long a batch waits for company when nobody waits for it
+LINGER_S = 0.2  # how long a batch waits for company when nobody waits for it
 POLL_FIRST_S, POLL_MAX_S = 0.05, 0.25  # a key revoked by another process is refused within a second
 PAUSE_FIRST_S, PAUSE_MAX_S = 0.1, 2.0
 BATCH_S = 9.0  # what one transaction may take before its connection is cut
