@@ -71,6 +71,7 @@ def create_app(server: Server) -> FastAPI:
         listener(records)
 
     server.bus.on_commit = committed
+    app.state.on_records = shared.on_records  # for records that other processes committed
     for router in ROUTERS:
         # Not `include_router`, which would look each request up twice.
         app.router.routes.extend(router.routes)

@@ -207,7 +207,7 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
 
         core.bus.on_commit = committed
         app = create_app(server)
-        host.on_foreign = app.state.shared.on_records
+        host.on_foreign = app.state.on_records
         yield Platform(core, feed, work, host, Sweeper(core.log, work), server, app)
 
 
