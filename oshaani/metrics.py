@@ -52,39 +52,38 @@ class PlatformMetrics:
         for queue in QUEUES:
             waiting.labels(queue).set_function(partial(_length, queues, queue))
 
-        # Every series is there from the start, so that its first increase is seen.
-        for outcome in OUTCOMES.values():
-            self._ended.labels(outcome)
-        for error_class in ("ok", *ModelErrorClass):
-            self._model_calls.labels(str(error_class))
-        for direction in ("input", "output"):
-            self._tokens.labels(direction)
-        for tool_outcome in get_args(ToolOutcome):
-            self._tool_calls.labels(tool_outcome)
+        # Every series is there from the start, so that its first increase is seen; and looking one up costs more than
+        # counting.
+        self._ends = {event_type: self._ended.labels(outcome) for event_type, outcome in OUTCOMES.items()}
+        self._answers = self._model_calls.labels("ok")
+        self._failures = {each: self._model_calls.labels(each.value) for each in ModelErrorClass}
+        self._input, self._output = (self._tokens.labels(each) for each in ("input", "output"))
+        self._tools = {each: self._tool_calls.labels(each) for each in get_args(ToolOutcome)}
+        self._counts: dict[type, Callable[[AnyRecord], None]] = {
+            Turn.Accepted: lambda record: self._accepted.inc(),
+            Turn.ModelCallCompleted: self._model_answered,
+            Turn.ModelCallFailed: lambda record: self._failures[record.event.error_class].inc(),
+            Turn.ToolCalled: lambda record: self._tools[record.event.outcome].inc(),
+            Turn.ToolCallOutcomeUnknown: lambda record: self._tools["unknown"].inc(),
+            CreditAccount.CreditsSettled: lambda record: self._charged.inc(record.event.captured_ncr),
+            **dict.fromkeys(
+                (Turn.Completed, Turn.Failed, Turn.TimedOut, Turn.Cancelled),
+                lambda record: self._ends[record.type].inc(),
+            ),
+        }
 
     def observe(self, records: Sequence[AnyRecord]) -> None:
         """Count what was committed."""
         for record in records:
-            match record.event:
-                case Turn.Accepted():
-                    self._accepted.inc()
-                case Turn.ModelCallCompleted() as call:
-                    self._model_calls.labels("ok").inc()
-                    self._model_seconds.observe(call.latency_ms / 1000)
-                    self._tokens.labels("input").inc(call.usage.input)
-                    self._tokens.labels("output").inc(call.usage.output)
-                case Turn.ModelCallFailed(error_class=error_class):
-                    self._model_calls.labels(error_class.value).inc()
-                case Turn.ToolCalled(outcome=outcome):
-                    self._tool_calls.labels(outcome).inc()
-                case Turn.ToolCallOutcomeUnknown():
-                    self._tool_calls.labels("unknown").inc()
-                case Turn.Ended():
-                    self._ended.labels(OUTCOMES[record.type]).inc()
-                case CreditAccount.CreditsSettled(captured_ncr=charged_ncr):
-                    self._charged.inc(charged_ncr)
-                case _:
-                    pass
+            count = self._counts.get(type(record.event))
+            if count is not None:
+                count(record)
+
+    def _model_answered(self, record: AnyRecord) -> None:
+        self._answers.inc()
+        self._model_seconds.observe(record.event.latency_ms / 1000)
+        self._input.inc(record.event.usage.input)
+        self._output.inc(record.event.usage.output)
 
 
 def _length(queues: Queues, queue: str) -> float:
