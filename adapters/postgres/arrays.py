@@ -7,7 +7,7 @@ columns, and this halves what it costs the client. Format: src/backend/utils/adt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from struct import Struct
 from typing import Any
 from uuid import UUID
@@ -108,6 +108,11 @@ def byteas(values: Sequence[bytes | None]) -> ByteaArray:
 def timestamps(values: Sequence[datetime | None]) -> TimestampArray:
     """timestamptz[]"""
     return TimestampArray(_array(1184, [_instant(value) for value in values]))
+
+
+def instant_of(encoded: bytes) -> datetime:
+    """A timestamptz as Postgres sends it: microseconds since 2000."""
+    return _POSTGRES_EPOCH + timedelta(microseconds=int.from_bytes(encoded, "big", signed=True))
 
 
 def _sized(value: bytes | str | None) -> bytes:

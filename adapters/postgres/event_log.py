@@ -18,9 +18,11 @@ from psycopg import sql
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from adapters.postgres.arrays import (
+    Array,
     bigints,
     booleans,
     byteas,
+    instant_of,
     ints,
     smallints,
     texts,
@@ -28,6 +30,7 @@ from adapters.postgres.arrays import (
     uuids,
 )
 from adapters.postgres.pool import LOG_PLANS, SCHEMA, connect, deadline, open_pool
+from adapters.postgres.prepared import PreparedCall
 from domain.event_log import (
     STREAM_EVENTS_MAX,
     SYNC_EVENTS_MAX,
@@ -48,8 +51,7 @@ Connection = psycopg.AsyncConnection[Any]
 
 CALL_S = 4.0  # what one call of the log may take before its connection is cut
 READERS = 3
-_ARGUMENTS = 35
-_APPEND: LiteralString = "SELECT append(" + ", ".join(["%b"] * _ARGUMENTS) + ")"
+_append_call = PreparedCall("append")
 _HEADS = "SELECT shard, head FROM shard WHERE shard = ANY (%b) ORDER BY shard"
 _EVENT_COLUMNS = (
     "shard, position, tenant_id, stream_id, stream_version, type, schema_version, payload, personal, subject_id,"
@@ -182,11 +184,11 @@ class PostgresEventLog:
                         query = "SELECT 1 FROM shard WHERE shard = ANY (%b) ORDER BY shard FOR UPDATE"
                         await connection.execute(query, (smallints(shards),))
                         yield _Locked(connection)
-            except (HeadMoved, CommandSeen, psycopg.DataError):
-                raise
             except BaseException as failure:
+                # Also after a refusal: with the rollback psycopg forgets what was prepared on the connection.
                 await self._drop_writer()
-                if isinstance(failure, (psycopg.Error, OSError)):
+                unreachable = isinstance(failure, (psycopg.Error, OSError))
+                if unreachable and not isinstance(failure, psycopg.DataError):
                     raise LogUnavailable(str(failure)) from failure
                 raise
 
@@ -321,8 +323,7 @@ async def run_script(dsn: str, script: str) -> None:
 
 async def _append(connection: Connection, batch: Batch) -> datetime:
     try:
-        cursor = await connection.execute(_APPEND, _arguments(batch), binary=True)
-        row = await cursor.fetchone()
+        at = await _append_call(connection, _arguments(batch))
     except psycopg.Error as error:
         if error.sqlstate == "OS001":
             raise HeadMoved from error
@@ -332,11 +333,11 @@ async def _append(connection: Connection, batch: Batch) -> datetime:
             # A stream that was thought new exists: what was known of the shard is wrong as with a moved head.
             raise HeadMoved from error
         raise
-    assert row is not None, "a function call returns one row"
-    return cast(datetime, row[0])
+    assert at is not None, "append returns the time of record"
+    return instant_of(at)
 
 
-def _arguments(batch: Batch) -> tuple[Any, ...]:
+def _arguments(batch: Batch) -> tuple[Array, ...]:
     counts = dict.fromkeys(batch.heads, 0)
     for event in batch.events:
         counts[event.shard] += 1
