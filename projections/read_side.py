@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ from typing import Any, LiteralString, Protocol, TypeVar
 from uuid import UUID
 
 import psycopg
-from psycopg.rows import class_row
+from psycopg.rows import AsyncRowFactory, class_row, tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 Connection = psycopg.AsyncConnection[Any]
@@ -48,10 +49,7 @@ class ReadSide:
         self, row_class: type[RowT], query: LiteralString, arguments: Mapping[str, Any]
     ) -> list[RowT]:
         """The rows of a query; its columns are named like the fields of `row_class`."""
-        async with self._connection() as connection:
-            cursor = connection.cursor(row_factory=class_row(row_class))
-            await cursor.execute(query, arguments)
-            return await cursor.fetchall()
+        return await self._fetch(class_row(row_class), query, arguments)
 
     async def one(
         self, row_class: type[RowT], query: LiteralString, arguments: Mapping[str, Any]
@@ -62,9 +60,7 @@ class ReadSide:
 
     async def rows(self, query: LiteralString, arguments: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         """The rows of a query as tuples."""
-        async with self._connection() as connection:
-            cursor = await connection.execute(query, arguments)
-            return await cursor.fetchall()
+        return await self._fetch(tuple_row, query, arguments)
 
     @asynccontextmanager
     async def snapshot(self, limit_s: float) -> AsyncIterator[Connection]:
@@ -82,14 +78,28 @@ class ReadSide:
         except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, OSError) as failure:
             raise ReadSideUnavailable(str(failure)) from failure
 
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Connection]:
+    async def _fetch(
+        self, row_factory: AsyncRowFactory[RowT], query: LiteralString, arguments: Mapping[str, Any]
+    ) -> list[RowT]:
+        """Ask; once more when the connection turns out to be dead, as all are after a restart of the database."""
         try:
-            async with self._pool.connection(timeout=QUERY_S) as connection:
-                with self._deadline(connection, QUERY_S):
-                    yield connection
+            try:
+                return await self._ask(row_factory, query, arguments)
+            except (psycopg.OperationalError, psycopg.InterfaceError):
+                async with asyncio.timeout(QUERY_S):
+                    await self._pool.check()
+                return await self._ask(row_factory, query, arguments)
         except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, OSError) as failure:
             raise ReadSideUnavailable(str(failure)) from failure
+
+    async def _ask(
+        self, row_factory: AsyncRowFactory[RowT], query: LiteralString, arguments: Mapping[str, Any]
+    ) -> list[RowT]:
+        async with self._pool.connection(timeout=QUERY_S) as connection:
+            with self._deadline(connection, QUERY_S):
+                cursor: psycopg.AsyncCursor[RowT] = connection.cursor(row_factory=row_factory)
+                await cursor.execute(query, arguments)
+                return await cursor.fetchall()
 
 
 def page(limit: int, after: After | None) -> dict[str, Any]:

@@ -263,8 +263,13 @@ def turn_of(answer: Answer) -> UUID:
 
 
 def balance(person: Person) -> tuple[Decimal, Decimal]:
-    """What is available, and what is held."""
-    found = person.balance()
+    """What is available, and what is held; asked again while the server says that it cannot know."""
+
+    def asked() -> Answer | None:
+        answer = person.server.send("GET", "/api/billing/balance", headers=person.user)
+        return None if answer.status == 503 else answer
+
+    found = until(asked, "a balance").json["data"]
     return Decimal(found["available"]), Decimal(found["held"])
 
 
