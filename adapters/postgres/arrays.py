@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from struct import Struct
 from typing import Any
 from uuid import UUID
@@ -97,12 +98,12 @@ def booleans(values: Sequence[bool]) -> BooleanArray:
 
 def texts(values: Sequence[str | None]) -> TextArray:
     """text[]"""
-    return TextArray(_array(25, [_sized(value and value.encode()) for value in values]))
+    return TextArray(_array(25, _sized([value if value is None else value.encode() for value in values])))
 
 
 def byteas(values: Sequence[bytes | None]) -> ByteaArray:
     """bytea[]"""
-    return ByteaArray(_array(17, [_sized(value) for value in values]))
+    return ByteaArray(_array(17, _sized(values)))
 
 
 def timestamps(values: Sequence[datetime | None]) -> TimestampArray:
@@ -115,12 +116,8 @@ def instant_of(encoded: bytes) -> datetime:
     return _POSTGRES_EPOCH + timedelta(microseconds=int.from_bytes(encoded, "big", signed=True))
 
 
-def _sized(value: bytes | str | None) -> bytes:
-    if value is None:
-        return _NULL
-    assert not isinstance(value, str) or not value
-    content = b"" if isinstance(value, str) else value
-    return _LENGTH(len(content)) + content
+def _sized(values: Sequence[bytes | None]) -> list[bytes]:
+    return [_NULL if value is None else _LENGTH(len(value)) + value for value in values]
 
 
 def _instant(value: datetime | None) -> bytes:
@@ -131,9 +128,12 @@ def _instant(value: datetime | None) -> bytes:
 
 
 def _array(element_oid: int, parts: list[bytes]) -> bytes:
-    if not parts:
-        return _EMPTY.pack(0, 0, element_oid)
-    return _HEADER.pack(1, 1, element_oid, len(parts), 1) + b"".join(parts)
+    return _header(element_oid, len(parts)) + b"".join(parts)
+
+
+@lru_cache(4_096)
+def _header(element_oid: int, count: int) -> bytes:
+    return _HEADER.pack(1, 1, element_oid, count, 1) if count else _EMPTY.pack(0, 0, element_oid)
 
 
 class _ArrayDumper(Dumper):
