@@ -13,7 +13,6 @@
     │   ├── ConversationBusy
     │   └── AlreadyExists
     ├── AgentNotPublished
-    ├── AccountErased
     └── NotYours                the step belongs to another worker, or is over
 
 A refusal is `remembered` when asking the same again can never be answered differently by waiting or paying:

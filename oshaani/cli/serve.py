@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import sys
@@ -34,6 +35,10 @@ def up() -> None:
     settings = read_settings()
     logs.set_up(settings.log_level)
     run(_up(settings))
+    # All is closed and saved; a thread that still waits for a slow provider must not keep the process for its time limit.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 @app.command()
