@@ -360,6 +360,10 @@ class ForgetfulLog(MemoryEventLog):
         self._check_away()
         return await super().commands(ids)
 
+    async def has_forgotten(self) -> bool:
+        """Whether the answer that was to be lost is."""
+        return self.forget == ""
+
     def _check_away(self) -> None:
         if self.away_calls:
             self.away_calls -= 1
@@ -381,7 +385,7 @@ async def test_a_step_whose_fate_was_unknown_is_gone_on_with(staged: Staged, com
         *("Accepted", "ContextAssembled", "ModelCallStarted", "ModelCallCompleted", "ToolCallRequested"),
         *("ToolCallStarted", "ToolCalled", "ModelCallStarted", "ModelCallCompleted", "Completed"),
     ]
-    await until(lambda: log.forget == "", "the lost answer")  # a settlement follows the end of its turn
+    await until(log.has_forgotten, "the lost answer")  # a settlement follows the end of its turn
     assert (len(stage.models.requests), len(tool.runs)) == (2, 1)
 
 
