@@ -37,6 +37,9 @@ class Edge:
         if path[-1:] == "/" and path != "/":
             # Both forms of a path are one route: a redirect would lose or repeat the body of a POST.
             scope["path"] = path.rstrip("/") or "/"
+        if scope["method"] == "HEAD":
+            # Answered as GET; the server sends no body to whoever asked with HEAD, as its own scope still says.
+            scope = {**scope, "method": "GET"}
         call = scope["oshaani"] = Call(scope, self._shared)
         status = 0
 

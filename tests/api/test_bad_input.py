@@ -139,6 +139,14 @@ async def test_errors_come_as_problem_json_for_those_who_ask(ada: Person) -> Non
     assert plain.json["error"] == plain.json["title"]
 
 
+async def test_head_is_answered_as_get_without_the_body(ada: Person) -> None:
+    path = f"/api/agents/{ada.agent}/"
+    head, get = [await ada.send(method, path) for method in ("HEAD", "GET")]
+    assert (head.status, head.raw) == (200, b"")
+    assert head.headers["ETag"] == get.headers["ETag"]
+    assert (await ada.send("HEAD", "/api/agents/77777/")).status == 404
+
+
 async def test_the_wrong_method_is_told_the_right_one(client: Client) -> None:
     answer = await client.send("DELETE", CHAT)
     assert (answer.status, answer.headers["Allow"], answer.json["code"]) == (
