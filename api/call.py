@@ -164,19 +164,21 @@ class Call:
         """
         server, tenant_id = self.server, self.caller().owner_id
         timeout_s, position = server.limits.read_wait_s, self.shared.positions.of(tenant_id)
-        reached = not position or await server.caught_up(shard_of(tenant_id), position, timeout_s)
+        reached = not position or await server.db.caught_up(shard_of(tenant_id), position, timeout_s)
         if reached and position:
             self.shared.positions.reached(tenant_id, position)
         asked = self.header(b"oshaani-min-position")
         if reached and asked is not None:
             shard, position = position_of(asked)
-            reached = await server.caught_up(shard, position, timeout_s)
+            reached = await server.db.caught_up(shard, position, timeout_s)
         if not reached:
             self.say("Oshaani-Position-Reached", "false")
 
     async def shown(self, outcome: Outcome) -> None:
         """Wait until the read models have what a command wrote, when the next request is likely to need it."""
-        if not await self.server.caught_up(outcome.shard, outcome.position, self.server.limits.read_wait_s):
+        if not await self.server.db.caught_up(
+            outcome.shard, outcome.position, self.server.limits.read_wait_s
+        ):
             self.say("Oshaani-Position-Reached", "false")
 
 

@@ -111,9 +111,6 @@ class Server:
     toolbox: Toolbox
     base_url: str
     signing_key: bytes  # of cursors and CSRF tokens
-    caught_up: Callable[
-        [int, int, float], Awaitable[bool]
-    ]  # (shard, position, timeout_s): read models have it
     next_agent_number: Callable[[], Awaitable[int]]
     ready: Callable[[], Awaitable[Sequence[Check]]]
     metrics: CollectorRegistry = field(default_factory=CollectorRegistry)

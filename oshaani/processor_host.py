@@ -82,7 +82,7 @@ class ProcessorHost:
             log_of.warning("the processors' cursor was not saved: %s", failure)
 
     def lag(self, heads: dict[int, int]) -> int:
-        """Records not finished yet."""
+        """Records of the log not finished yet, those that were not even read included."""
         return sum(max(0, head - self._finished(shard)) for shard, head in heads.items())
 
     @property

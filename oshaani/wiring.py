@@ -188,7 +188,6 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
             toolbox=OwnersToolbox(toolbox),
             base_url=settings.base_url,
             signing_key=derive(core.secret, "cursors"),
-            caught_up=core.projector.caught_up,
             next_agent_number=lambda: _next_agent_number(core.pool),
             ready=lambda: _ready(core, host),
             metrics_token=settings.metrics_token,
@@ -225,11 +224,16 @@ async def _next_agent_number(pool: Pool) -> int:
     return int(row[0])
 
 
+def _events_behind(core: Core) -> int:
+    """How far the read model that is furthest behind is behind the log."""
+    return max(core.projector.lag().values(), default=0)
+
+
 def _queues(core: Core, host: ProcessorHost, work: Work) -> dict[str, int]:
     return {
         "commands": core.bus.waiting,
         "processors": host.unfinished,
-        "read_models": max(core.projector.lag().values(), default=0),
+        "read_models": _events_behind(core),
         "calls": len(work.running),
         "poisoned": len(host.poisoned),
     }
@@ -240,7 +244,7 @@ async def _ready(core: Core, host: ProcessorHost) -> Sequence[Check]:
         heads = await core.log.heads()
     except LogUnavailable as failure:
         return [Check("database", False, str(failure))]
-    lag, waiting = max(core.projector.lag().values(), default=0), host.lag(heads)
+    lag, waiting = _events_behind(core), host.lag(heads)
     poisoned = len(host.poisoned)
     return [
         Check("database", True),

@@ -57,11 +57,6 @@ class EventType:
     erased: bytes  # what stands for personal fields that cannot be opened any more
     decode: Callable[[bytes], AggregateEvent]
 
-    @property
-    def creates(self) -> bool:
-        """Whether it begins an aggregate."""
-        return issubclass(self.event_class, AggregateCreated)
-
 
 def encode(event: AggregateEvent) -> tuple[bytes, bytes | None]:
     """The payload, and the plain bytes of the personal part if the event has one."""

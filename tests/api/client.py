@@ -171,5 +171,5 @@ async def _register(platform: Platform, user_id: UserId) -> tuple[str, int, str]
         ),
         by=by,
     )
-    assert await server.caught_up(outcome.shard, outcome.position, 5.0)
+    assert await server.db.caught_up(outcome.shard, outcome.position, 5.0)
     return key, number, agent_key

@@ -247,7 +247,6 @@ def _parts(log: Breakable, pool: Pool, closing: AsyncExitStack, base_url: str) -
         toolbox=OwnersToolbox(toolbox),
         base_url=base_url,
         signing_key=SIGNING_KEY,
-        caught_up=projector.caught_up,
         next_agent_number=next_number,
         ready=ready,
         limits=Limits(sync_timeout_s=3.0, heartbeat_s=1.0),

@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 
 import msgspec
 import pytest
-from eventsourcing.domain import AggregateEvent
+from eventsourcing.domain import AggregateCreated, AggregateEvent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -85,7 +85,7 @@ def events_of(kind: EventType) -> st.SearchStrategy[AggregateEvent]:
         "originator_version": st.just(7),
         "timestamp": st.just(AT),
     }
-    if kind.creates:
+    if issubclass(kind.event_class, AggregateCreated):
         envelope["originator_topic"] = st.just(kind.aggregate.TOPIC)  # type: ignore[attr-defined]
     return st.builds(kind.event_class, **own, **envelope)
 
