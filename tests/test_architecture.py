@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {"domain", "commands", "projections", "stream_processors", "api", "schemas", "adapters", "oshaani"}
-OPTIONAL = {"aiokafka", "faust", "mcp", "qdrant_client"}  # The extras of pyproject.toml.
+OPTIONAL = {"mcp", "qdrant_client"}  # The extras of pyproject.toml.
 DOMAIN_MAY_IMPORT = {"eventsourcing.domain"}
 
 
