@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from psycopg_pool import AsyncConnectionPool
 
 from adapters.api_keys import HmacApiKeys
+from adapters.chat_models.registry import ModelRegistry
 from adapters.crypto import derive
 from adapters.egress.client import EgressClient
 from adapters.memory.turn_feed import MemoryTurnFeed
@@ -38,9 +39,11 @@ from oshaani.models import NumberedModels, model_registry
 from oshaani.processor_host import ProcessorHost
 from oshaani.settings import Settings
 from oshaani.toolbox import OwnersToolbox, ServerToolbox
+from projections.catching_up import CheckpointWatch
 from projections.read_side import ReadSide
 from projections.runner import Runner
 from schemas.records import AnyRecord, Records
+from schemas.turn_feed import TurnFeed
 from stream_processors.agent_turns import agent_turns
 from stream_processors.credit_debits import credit_debits
 from stream_processors.history import ConversationHistory
@@ -81,6 +84,14 @@ class Core:
 
 
 @dataclass(slots=True)
+class Means:
+    """What turns are run with: models, tools, and the doors to the outside."""
+
+    registry: ModelRegistry
+    toolbox: ServerToolbox
+
+
+@dataclass(slots=True)
 class Platform:
     """Everything in one process."""
 
@@ -110,8 +121,11 @@ async def database(settings: Settings) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def core_of(settings: Settings, dsn: str) -> AsyncIterator[Core]:
-    """The core of a process, on a database that `migrate` has prepared."""
+async def core_of(settings: Settings, dsn: str, *, projecting: bool = True) -> AsyncIterator[Core]:
+    """The core of a process, on a database that `migrate` has prepared.
+
+    `projecting`: whether this process runs `Core.projector`; without it, readers look at the checkpoints.
+    """
     key = master_key(settings)
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(open_pool(dsn, READ_CONNECTIONS))
@@ -123,7 +137,7 @@ async def core_of(settings: Settings, dsn: str) -> AsyncIterator[Core]:
         rules = Rules(settings.plans, settings.free_credits_ncr, settings.turn_deadline_s)
         bus = Bus(log, records, rules, utc_now)
         projector = Runner(pool, deadline, log, records)
-        db = ReadSide(pool, deadline, projector.caught_up)
+        db = ReadSide(pool, deadline, projector.caught_up if projecting else CheckpointWatch(pool, deadline))
         secret = derive(key, "server")
         yield Core(
             settings=settings,
@@ -143,8 +157,8 @@ async def core_of(settings: Settings, dsn: str) -> AsyncIterator[Core]:
 
 
 @asynccontextmanager
-async def platform(core: Core) -> AsyncIterator[Platform]:
-    """Processors, tools, models and the HTTP server's needs around a core, all in this process."""
+async def means_of(core: Core) -> AsyncIterator[Means]:
+    """The models and tools that the settings name."""
     settings = core.settings
     async with AsyncExitStack() as stack:
         registry = await model_registry(settings)
@@ -153,24 +167,33 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
         operator_egress = EgressClient(allow=("0.0.0.0/0", "::/0"), ports=range(1, 65536))
         for client in (egress, operator_egress):
             stack.push_async_callback(client.close)
-        passwords = Argon2Passwords()
-        stack.push_async_callback(passwords.close)
-        toolbox = ServerToolbox(_catalogue(settings, egress, operator_egress), egress, core.vault)
-        feed = MemoryTurnFeed()
-        history = ConversationHistory(core.log, core.records)
-        work = Work(
-            f"embedded/{uuid4()}",
-            core.bus,
-            registry,
-            toolbox,
-            history,
-            feed,
-            utc_now,
-            settings.model_timeout_s,
+        yield Means(
+            registry, ServerToolbox(_catalogue(settings, egress, operator_egress), egress, core.vault)
         )
-        host = ProcessorHost(core.log, core.records, PROCESSORS, work)
 
-        server = Server(
+
+def work_of(core: Core, means: Means, slot: str, feed: TurnFeed) -> Work:
+    """What processors work with, in the process that has `slot`."""
+    return Work(
+        f"{slot}/{uuid4()}",
+        core.bus,
+        means.registry,
+        means.toolbox,
+        ConversationHistory(core.log, core.records),
+        feed,
+        utc_now,
+        core.settings.model_timeout_s,
+    )
+
+
+@asynccontextmanager
+async def server_of(
+    core: Core, means: Means, feed: TurnFeed, ready: Callable[[], Awaitable[Sequence[Check]]]
+) -> AsyncIterator[Server]:
+    """What the HTTP application needs."""
+    settings, passwords = core.settings, Argon2Passwords()
+    try:
+        yield Server(
             bus=core.bus,
             db=core.db,
             feed=feed,
@@ -184,21 +207,33 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
             sessions=identity.PostgresSessions(core.pool),
             passwords=passwords,
             vault=core.vault,
-            models=NumberedModels(registry),
-            toolbox=OwnersToolbox(toolbox),
+            models=NumberedModels(means.registry),
+            toolbox=OwnersToolbox(means.toolbox),
             base_url=settings.base_url,
             signing_key=derive(core.secret, "cursors"),
             next_agent_number=lambda: _next_agent_number(core.pool),
-            ready=lambda: _ready(core, host),
+            ready=ready,
             metrics_token=settings.metrics_token,
             limits=Limits(session_s=settings.session_days * 86_400.0),
             version=__version__,
         )
+    finally:
+        await passwords.close()
 
+
+@asynccontextmanager
+async def platform(core: Core) -> AsyncIterator[Platform]:
+    """Processors, tools, models and the HTTP server's needs around a core, all in this process."""
+    async with AsyncExitStack() as stack:
+        means = await stack.enter_async_context(means_of(core))
+        feed = MemoryTurnFeed()
+        work = work_of(core, means, "embedded", feed)
+        host = ProcessorHost(core.log, core.records, PROCESSORS, work)
+        server = await stack.enter_async_context(server_of(core, means, feed, lambda: _ready(core, host)))
         metrics = PlatformMetrics(server.metrics, lambda: _queues(core, host, work))
 
         def committed(records: Sequence[AnyRecord]) -> None:
-            history.observe(records)
+            work.history.observe(records)
             feed.publish(records)
             host.offer(records)
             core.projector.offer(records)

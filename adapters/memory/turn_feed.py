@@ -75,11 +75,24 @@ class MemoryTurnFeed:
     def token(self, turn_id: TurnId, iteration: int, attempt: int, text: str) -> None:
         before = self._partials.get(turn_id)
         same = before is not None and (before.iteration, before.attempt) == (iteration, attempt)
+        self.pass_on(Token(turn_id, iteration, attempt, len(before.text) if same and before else 0, text))
+
+    def pass_on(self, token: Token) -> None:
+        """Keep a piece of text for whoever reconnects, if all before it is at hand, and give it to the followers."""
+        before = self._partials.get(token.turn_id)
+        same = before is not None and before[1:3] == token[1:3]
         written = before.text if same and before else ""
-        if len(written) < PARTIAL_CHARS_MAX and (same or len(self._partials) < PARTIALS_MAX):
-            self._partials[turn_id] = Token(turn_id, iteration, attempt, 0, written + text)
-        for follower in self._followers.get(turn_id, ()):
-            follower.take(Token(turn_id, iteration, attempt, len(written), text))
+        room = same or len(self._partials) < PARTIALS_MAX
+        if token.start == len(written) < PARTIAL_CHARS_MAX and room:
+            self._partials[TurnId(token.turn_id)] = token._replace(start=0, text=written + token.text)
+        elif not same:
+            self._partials.pop(token.turn_id, None)
+        for follower in self._followers.get(token.turn_id, ()):
+            follower.take(token)
+
+    def is_followed(self, turn_id: UUID) -> bool:
+        """Whether somebody waits for the turn."""
+        return turn_id in self._followers
 
     def publish(self, records: Sequence[AnyRecord]) -> None:
         """Tell followers of what was committed."""

@@ -1,0 +1,99 @@
+"""Telling other processes that the log has grown: after the commit, never in it, and nothing depends on its arrival.
+
+A hint names the shards that grew and their heads. Hints that could not be sent at once become one; those that are lost
+are made up for by whoever looks at the log by itself, a little later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import psycopg
+
+from adapters.postgres.pool import connect, deadline
+from schemas.records import AnyRecord
+
+log_of = logging.getLogger(__name__)
+
+CHANNEL = "oshaani_log"
+TELL_S = 2.0  # what sending one may take before its connection is cut
+PAUSE_S = 1.0  # after the database failed
+CHECK_S = 5.0  # a silent connection is tried this often, so that a dead one is noticed
+# The transaction of a NOTIFY needs no disk: what it tells of is durable already.
+_PLANS = "-c synchronous_commit=off"
+
+Heads = Mapping[int, int]
+OUTAGE = (psycopg.Error, OSError, TimeoutError)
+
+
+class Hints:
+    """Sends and receives hints. `run` it as one task for the life of the process."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._told: dict[int, int] = {}
+        self._news = asyncio.Event()
+        self._listeners: list[Callable[[Heads], None]] = []
+
+    def tell(self, records: Sequence[AnyRecord]) -> None:
+        """Say soon that these are committed. Never blocks."""
+        for record in records:
+            self._told[record.shard] = record.position
+        self._news.set()
+
+    def on_hint(self, listener: Callable[[Heads], None]) -> None:
+        """Have a function called with the shards that grew and their heads; also with this process's own."""
+        self._listeners.append(listener)
+
+    async def run(self) -> None:
+        """Send and receive until cancelled; survives any outage of the database."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._insist(self._send))
+            if self._listeners:
+                group.create_task(self._insist(self._receive))
+
+    async def _insist(self, work: Callable[[psycopg.AsyncConnection[Any]], Any]) -> None:
+        while True:
+            try:
+                connection = await connect(self._dsn, _PLANS)
+                async with connection:
+                    await work(connection)
+            except OUTAGE as failure:
+                log_of.info("hints wait for the database: %r", failure)
+            await asyncio.sleep(PAUSE_S)
+
+    async def _send(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CHECK_S):
+                    await self._news.wait()
+            self._news.clear()
+            told, self._told = self._told, {}
+            with deadline(connection, TELL_S):
+                if told:
+                    await connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, _written(told)))
+                else:
+                    await connection.execute("SELECT 1")
+
+    async def _receive(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        await connection.execute(f"LISTEN {CHANNEL}".encode())
+        while True:
+            async for notify in connection.notifies(timeout=CHECK_S):
+                heads = _read(notify.payload)
+                for listener in self._listeners:
+                    listener(heads)
+            with deadline(connection, TELL_S):
+                await connection.execute("SELECT 1")
+
+
+def _written(heads: Heads) -> str:
+    return ",".join(f"{shard}:{head}" for shard, head in heads.items())
+
+
+def _read(payload: str) -> dict[int, int]:
+    pairs = (pair.partition(":") for pair in payload.split(","))
+    return {int(shard): int(head) for shard, _, head in pairs}

@@ -1,0 +1,90 @@
+"""The log followed by a process that serves what others decide: their records, in order, soon after they were committed.
+
+What this process commits is offered to it, and not passed on again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from domain.event_log import EventLog, LogUnavailable, StoredEvent
+from domain.ids import SHARDS
+from schemas.codec import EVENT_TYPES
+from schemas.records import AnyRecord, Record, Records
+
+log_of = logging.getLogger(__name__)
+
+PAGE = 500
+POLL_S = 0.25  # a key revoked elsewhere is refused within a second, hint or no hint
+PAUSE_S = 0.5  # while the log cannot be reached
+
+
+class LogTail:
+    """Follows the log from where it is at the start. Personal text is opened of rows for which `personal` is true."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        records: Records,
+        on_foreign: Callable[[Sequence[AnyRecord]], None],
+        personal: Callable[[StoredEvent], bool],
+    ) -> None:
+        self._log, self._records = log, records
+        self._on_foreign, self._personal = on_foreign, personal
+        self._seen: dict[int, int] = {}
+        self._ours: set[tuple[int, int]] = set()  # committed by this process behind what it has not read yet
+        self._wake = asyncio.Event()
+
+    def offer(self, records: Sequence[AnyRecord]) -> None:
+        """Take records just committed by this process."""
+        for record in records:
+            seen = self._seen.get(record.shard)
+            if seen is None or record.position <= seen:
+                continue
+            if record.position == seen + 1:
+                self._seen[record.shard] = record.position
+            else:
+                self._ours.add((record.shard, record.position))
+                self._wake.set()
+
+    def hint(self, heads: Mapping[int, int]) -> None:
+        """The log has grown to these heads."""
+        if any(head > self._seen.get(shard, 0) for shard, head in heads.items()):
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Follow until cancelled; survives any outage of the log."""
+        while True:
+            try:
+                if not self._seen:
+                    self._seen = dict.fromkeys(range(SHARDS), 0) | await self._log.heads()
+                self._wake.clear()
+                if await self._read() < PAGE:
+                    await self._pause()
+            except LogUnavailable as failure:
+                log_of.warning("whoever follows the log waits for it: %s", failure)
+                await asyncio.sleep(PAUSE_S)
+
+    async def _read(self) -> int:
+        rows = await self._log.read_after(self._seen, PAGE)
+        rows = [row for row in rows if row.position > self._seen[row.shard]]
+        foreign = [
+            row if self._personal(row) else row._replace(personal=None)
+            for row in rows
+            if (row.shard, row.position) not in self._ours
+        ]
+        opened = await self._records.open_some(foreign, EVENT_TYPES)
+        self._on_foreign([record for record in opened if isinstance(record, Record)])
+        for row in rows:
+            self._seen[row.shard] = max(self._seen[row.shard], row.position)
+            self._ours.discard((row.shard, row.position))
+        return len(rows)
+
+    async def _pause(self) -> None:
+        try:
+            async with asyncio.timeout(POLL_S):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
