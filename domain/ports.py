@@ -6,7 +6,7 @@ All calls are asynchronous, may be cancelled at any await, and end within the de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -332,6 +332,30 @@ class ObjectStore(Protocol):
 
     async def delete(self, key: str) -> None:
         """Remove; deleting what is not there is harmless."""
+
+
+# --- what others may read ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PublicMessage:
+    """A message for a public topic. Those with the same topic and key keep their order; `value` None deletes the key."""
+
+    topic: str
+    key: str
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]] = ()
+
+
+class Publisher(Protocol):
+    """Hands messages to a broker, each at least once, in the order in which they were given."""
+
+    async def send(self, messages: Sequence[PublicMessage]) -> Awaitable[None]:
+        """Take the messages; returns at once, or when there is room for them again.
+
+        What it returns can be awaited: it ends when the broker has acknowledged them all. It takes as long as the
+        broker is away; whoever stops waiting leaves it open whether they were published.
+        """
 
 
 # --- time ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from uuid import UUID
 
 from commands.bus import Bus, Overloaded
@@ -136,15 +136,21 @@ class Work:
             log_of.error("work on %s ended with %r", id, failure, exc_info=failure)
 
 
-Handler = Callable[[AnyRecord, Work], Awaitable[None]]
+Handler = Callable[[AnyRecord, Work], Awaitable[Awaitable[None] | None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """A named set of handlers by event class; its records may be delivered more than once."""
+    """A named set of handlers by event class; its records may be delivered more than once.
+
+    Records of one stream are handled one at a time, in the order of the log; with `order` "tenant", those of all
+    streams of a tenant. A handler may return what is still to be waited for, such as a broker's acknowledgement: the
+    record is finished when that is, but the next one in order need not wait for it.
+    """
 
     name: str
     handlers: dict[type, Handler] = field(default_factory=dict)
+    order: Literal["stream", "tenant"] = "stream"
 
     def on(self, *event_classes: type) -> Callable[[Handler], Handler]:
         """Declare who handles these events."""
