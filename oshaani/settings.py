@@ -73,6 +73,9 @@ class Settings:
     master_key_file: Path
     plans: Mapping[str, Limits] = field(repr=False)
     metrics_token: str | None = field(repr=False)
+    slot: str | None
+    worker_host: str
+    worker_port: int
     log_level: str
     turn_deadline_s: float
     model_timeout_s: float
@@ -223,6 +226,21 @@ TABLE: tuple[Setting, ...] = (
         "Bearer token for /metrics; without it only this machine may read them.",
         masked=shapes.hidden,
     ),
+    Setting(
+        "slot",
+        ("OSHAANI_SLOT",),
+        shapes.SLOT,
+        "Name of this worker process, the same after every restart; what its earlier life left is then taken over "
+        "at once. No two may have the same.",
+    ),
+    Setting(
+        "worker_host",
+        ("OSHAANI_WORKER_HOST",),
+        shapes.HOST,
+        "Address where a worker process answers /healthz, /readyz and /metrics.",
+        "127.0.0.1",
+    ),
+    Setting("worker_port", ("OSHAANI_WORKER_PORT",), shapes.ANY_PORT, "Port of that; 0: any free one.", "0"),
     Setting("log_level", ("OSHAANI_LOG_LEVEL",), shapes.LOG_LEVEL, "How much is logged.", "info"),
     Setting(
         "turn_deadline_s",

@@ -29,6 +29,7 @@ _HOST = re.compile(r"[A-Za-z0-9._:-]+")
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _REGION = re.compile(r"[a-z]{2,4}(-[a-z]+)+-\d")
 _MODEL = re.compile(r"[a-z0-9_-]+:\S+")
+_SLOT = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _BROKER = re.compile(r"[A-Za-z0-9._-]+:\d{1,5}|\[[0-9A-Fa-f:]+\]:\d{1,5}")
 
 
@@ -183,6 +184,8 @@ def _plans(text: str) -> Mapping[str, Limits]:
 
 HOST = Shape("a host name or address", "127.0.0.1", _matching(_HOST))
 PORT = Shape("a port from 1 to 65535", "8080", _port)
+ANY_PORT = Shape("a port up to 65535, 0 for any free one", "9464", lambda text: _whole(text, 0, 65_535))
+SLOT = Shape("letters, digits, dots, dashes and underscores, at most 100", "agent_turns-1", _matching(_SLOT))
 PORTS = Shape("ports from 1 to 65535, separated by commas", "80,443", _ports)
 URL = Shape("an http or https address", "https://oshaani.example.com", _url)
 DATABASE_URL = Shape(
