@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -198,6 +198,12 @@ class Bus:
         if owner != tenant_id or not isinstance(found, aggregate_class):
             raise NotFound(noun_of(aggregate_class))
         return found
+
+    def hint(self, heads: Mapping[int, int]) -> None:
+        """Others may have appended to these shards: catch up before deciding, rather than after a refused append."""
+        for shard, head in heads.items():
+            if head > self._heads.get(shard, head):
+                self._stale.add(shard)
 
     async def drain(self) -> None:
         """Wait until nothing is being served."""
