@@ -30,7 +30,7 @@ from projections.checkpoints import Connection, Progress
 from projections.projection import Projection
 from projections.read_side import Deadline, Pool
 from schemas.codec import EVENT_TYPES
-from schemas.records import AnyRecord, Records
+from schemas.records import AnyRecord, Record, Records
 
 log_of = logging.getLogger(__name__)
 
@@ -85,9 +85,14 @@ class Runner:
         records: Records,
         projections: Sequence[Projection] = PROJECTIONS,
         metrics: Metrics | None = None,
+        linger_s: float = LINGER_S,
     ) -> None:
         self._pool, self._deadline, self._log, self._records = pool, deadline, log, records
         self._projections = {projection.name: projection for projection in projections}
+        handled = [(name, how) for each in projections for name, how in each.handled.items()]
+        self._types = frozenset(name for name, _ in handled)
+        self._personal = frozenset(name for name, how in handled if how.personal)
+        self._linger_s = linger_s
         self._metrics: Metrics = metrics or NoMetrics()
         self._works: dict[str, Progress] = {}
         self._heads = [0] * SHARDS
@@ -109,6 +114,13 @@ class Runner:
         else:
             self._offered.extend(records)
         self._wake.set()
+
+    async def offer_rows(self, rows: Sequence[StoredEvent]) -> None:
+        """Take rows of the log that came another way, in the order of each shard; what is missing is read from the log."""
+        new = [row for row in rows if row.position > self._applied(row.shard)]
+        opened = await self._records.open_some(new, self._personal)
+        # What cannot be opened leaves a gap, and comes again from the log, where it is parked.
+        self.offer([record for record in opened if isinstance(record, Record)])
 
     async def caught_up(self, shard: int, position: int, timeout_s: float = 2.0) -> bool:
         """Wait until the read models show the event at this position. False when they did not in time."""
@@ -250,7 +262,7 @@ class Runner:
                 return
         if len(self._offered) < BATCH_MAX and not self._waiters:
             self._urgent.clear()
-            await self._wait(self._urgent, LINGER_S)
+            await self._wait(self._urgent, self._linger_s)
         self._wake.clear()
 
     async def _wait(self, event: asyncio.Event, seconds: float) -> bool:
@@ -322,11 +334,9 @@ class Runner:
                 log_of.error("shard %d of the log has a gap after position %d; it waits", row.shard, last)
                 self._torn.add(row.shard)
         rows = [row for row in rows if row.position <= lasts.get(row.shard, 0)]
-        handled = [projection.handled for projection in self._projections.values()]
-        types = {name for each in handled for name in each}  # newer versions of these are found by open_some
-        personal = {name for each in handled for name, how in each.items() if how.personal}
-        wanted = [row for row in rows if row.type in types or row.type not in EVENT_TYPES]
-        return _Batch(await self._records.open_some(wanted, personal), lasts)
+        # Newer versions of what is handled are found by open_some.
+        wanted = [row for row in rows if row.type in self._types or row.type not in EVENT_TYPES]
+        return _Batch(await self._records.open_some(wanted, self._personal), lasts)
 
     def _applied(self, shard: int) -> int:
         """The last position that every live projection has applied."""
