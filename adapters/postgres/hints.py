@@ -95,5 +95,8 @@ def _written(heads: Heads) -> str:
 
 
 def _read(payload: str) -> dict[int, int]:
-    pairs = (pair.partition(":") for pair in payload.split(","))
-    return {int(shard): int(head) for shard, _, head in pairs}
+    """The heads of a hint; none of what others may say on the channel."""
+    with suppress(ValueError):
+        pairs = (pair.partition(":") for pair in payload.split(","))
+        return {int(shard): int(head) for shard, _, head in pairs}
+    return {}

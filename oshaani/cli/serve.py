@@ -52,7 +52,7 @@ def migrate(as_json: AsJson = False) -> None:
 
 
 async def _up(settings: Settings) -> None:
-    from oshaani.up import PortTaken
+    from oshaani.process import PortTaken
     from oshaani.up import up as run_platform
 
     model = asyncio.create_task(default_model(settings))

@@ -29,6 +29,7 @@ def _sayings() -> tuple[tuple[tuple[type[Exception], ...], str], ...]:
     from adapters.postgres.data_folder import EmbeddedPostgresFault
     from domain.errors import Refusal
     from domain.event_log import LogUnavailable
+    from oshaani.process import PartLost
     from projections.read_side import ReadSideUnavailable
     from schemas.codec import UnknownEvent
     from schemas.records import ObjectMissing
@@ -45,6 +46,7 @@ def _sayings() -> tuple[tuple[tuple[type[Exception], ...], str], ...]:
             "OSHAANI_MASTER_KEY_FILE",
         ),
         ((ReadSideUnavailable,), "the read models cannot be used: {}; see `oshaani doctor`"),
+        ((PartLost,), "a part of this process ended by itself ({}); the log above says why"),
         ((UnknownEvent,), "the log was written by a newer version of this program ({}); install that one"),
         ((ObjectMissing,), "a part of an event is missing in the data folder ({}); restore its objects"),
     )

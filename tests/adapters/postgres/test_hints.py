@@ -1,0 +1,98 @@
+"""Hints between processes: heard soon, merged when there are many, and alive again after an outage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg
+
+from adapters.postgres import hints as hints_module
+from adapters.postgres.hints import CHANNEL, Hints
+
+PATIENCE_S = 10.0
+LOOK_S = 0.01
+
+
+class Ear:
+    """What a listener was told last of each shard, and how often it was told anything."""
+
+    def __init__(self) -> None:
+        self.heads: dict[int, int] = {}
+        self.count = 0
+
+    def __call__(self, heads: Mapping[int, int]) -> None:
+        self.heads.update(heads)
+        self.count += 1
+
+
+@asynccontextmanager
+async def running(*all_hints: Hints) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(hints.run()) for hints in all_hints]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def eventually(happened: Callable[[], bool], again: Callable[[], Any] = lambda: None) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not happened():  # noqa: ASYNC110
+            again()
+            await asyncio.sleep(LOOK_S)
+
+
+def committed(shard: int, position: int) -> Any:
+    return SimpleNamespace(shard=shard, position=position)
+
+
+async def test_another_process_hears_which_shards_grew(database_url: str):
+    teller, listener, ear = Hints(database_url), Hints(database_url), Ear()
+    listener.on_hint(ear)
+    async with running(teller, listener):
+        await eventually(
+            lambda: ear.heads == {3: 7, 4: 9}, lambda: teller.tell([committed(3, 7), committed(4, 9)])
+        )
+
+
+async def test_a_burst_of_commits_becomes_few_hints_and_the_last_head_arrives(database_url: str):
+    teller, listener, ear = Hints(database_url), Hints(database_url), Ear()
+    listener.on_hint(ear)
+    async with running(teller, listener):
+        await eventually(lambda: ear.count > 0, lambda: teller.tell([committed(0, 1)]))
+        before = ear.count
+        for position in range(2, 2_002):
+            teller.tell([committed(0, position)])
+        await eventually(lambda: ear.heads[0] == 2_001)
+    assert ear.count - before <= 3
+
+
+async def test_hints_come_again_after_their_connections_were_cut(database_url: str, monkeypatch: Any):
+    monkeypatch.setattr(hints_module, "PAUSE_S", 0.05)
+    teller, listener, ear = Hints(database_url), Hints(database_url), Ear()
+    listener.on_hint(ear)
+    async with running(teller, listener):
+        await eventually(lambda: ear.count > 0, lambda: teller.tell([committed(0, 1)]))
+        admin = urlunsplit(urlsplit(database_url)._replace(path="/postgres"))
+        with psycopg.connect(admin, autocommit=True) as connection:
+            name = urlsplit(database_url).path.lstrip("/")
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,)
+            )
+        await eventually(lambda: ear.heads.get(5) == 8, lambda: teller.tell([committed(5, 8)]))
+
+
+async def test_what_anybody_else_says_on_the_channel_ends_nothing(database_url: str):
+    teller, listener, ear = Hints(database_url), Hints(database_url), Ear()
+    listener.on_hint(ear)
+    async with running(teller, listener):
+        await eventually(lambda: ear.count > 0, lambda: teller.tell([committed(0, 1)]))
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            connection.execute("SELECT pg_notify(%s, 'nonsense'), pg_notify(%s, '')", (CHANNEL, CHANNEL))
+        await eventually(lambda: ear.heads.get(1) == 2, lambda: teller.tell([committed(1, 2)]))
