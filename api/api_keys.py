@@ -17,6 +17,7 @@ from api.envelopes import Envelope, enveloped, instant
 from api.errors import not_found
 from api.idempotency import Once, OnceDep
 from api.principals import UserCall
+from api.webhooks import secret_of
 from commands.agent import IssueAgentKey, RevokeAgentKey, RotateAgentKey
 from commands.command import Command
 from commands.user import IssueUserKey, RevokeUserKey
@@ -62,6 +63,9 @@ class NewKeyData(BaseModel):
     prefix: str
     key: str | None
     created_at: str
+    webhook_secret: str | None = Field(
+        default=None, description="Of an agent's key: see /api/webhook-secret."
+    )
 
 
 @router.get("/api/api-keys", response_model=Envelope[list[KeyData]])
@@ -153,6 +157,8 @@ async def _issue(call: Call, once: Once, command: Command, facts: dict[str, Any]
         "key": None if outcome.seen else key,
         "created_at": instant(outcome.result["created_at"]),
     }
+    if not isinstance(command, IssueUserKey) and not outcome.seen:
+        data["webhook_secret"] = secret_of(call, f"agent_key:{facts['key_id']}")
     return enveloped(data, SHOWN_BEFORE if outcome.seen else ONCE_SHOWN, 201)
 
 

@@ -25,6 +25,7 @@ from api import (
     requests,
     simple,
     tools,
+    webhooks,
 )
 from api.auth import Failures
 from api.bodies import problem_of_validation
@@ -42,6 +43,7 @@ ROUTERS = (
     chat.router,
     conversations.router,
     requests.router,
+    webhooks.router,
     simple.router,
     agents.router,
     api_keys.router,

@@ -15,6 +15,8 @@ from starlette.requests import Request
 from api.errors import invalid
 from commands.command import Command, Outcome
 from domain.ids import SHARDS, TurnId, UserId, shard_of
+from domain.ids import conversation_name as conversation_name
+from domain.ids import request_name as request_name
 from schemas.records import AnyRecord
 
 if TYPE_CHECKING:
@@ -210,20 +212,10 @@ async def _call(request: Request) -> Call:
 CallDep = Annotated[Call, Depends(_call)]
 
 
-def request_name(turn_id: UUID) -> str:
-    """A turn as people name it."""
-    return f"req-{turn_id}"
-
-
 def turn_named(text: str) -> TurnId | None:
     """The turn of a request id; None for what cannot be one."""
     found = _uuid_after("req-", text)
     return TurnId(found) if found else None
-
-
-def conversation_name(conversation_id: UUID) -> str:
-    """A conversation as people name it, unless they gave it a name of their own."""
-    return f"conv-{conversation_id}"
 
 
 def conversation_named(text: str) -> UUID | None:

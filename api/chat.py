@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.answers import RUNNING, Story, answer_of, charged, problem_of_end, story_of
+from api.answers import RUNNING, charged, problem_of_end, story_of
 from api.bodies import Body, StrictRoute, body_as
 from api.call import Call, Principal, call_of, conversation_name, conversation_named, request_name
 from api.errors import Problem, invalid
@@ -33,6 +33,7 @@ from domain.ids import AgentId, ConversationId, TurnId, UserId, agent_of, derive
 from domain.prices import API_CALL, MESSAGE, TOOL_CALL
 from domain.turn import AskedTool, Mode, Turn
 from schemas.turn_feed import Follower
+from schemas.turn_story import Story, answer_of
 
 MESSAGE_CHARS_MAX = 200_000
 NAME_CHARS_MAX = 128
@@ -136,6 +137,7 @@ class Asked:
     conversation: str | None = None
     stateless: bool = False
     when_busy: WhenBusy = "queue"
+    callback_url: str | None = None
 
 
 @router.post("/api/agents/{agent_id}/chat")
@@ -257,6 +259,7 @@ async def send(call: Call, asked: Asked, key: Once, mode: Mode) -> tuple[TurnId,
             by_owner=principal.is_owner,
             stateless=asked.stateless,
             when_busy=asked.when_busy,
+            callback_url=asked.callback_url,
         ),
         turn_id,
         key.digest,

@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.answers import conversation_shown, polled, visible_story
+from api import webhooks
+from api.answers import conversation_shown, visible_story
 from api.bodies import Body, StrictRoute, body_as
 from api.call import Call, call_of, conversation_name, request_name, turn_named
 from api.chat import Asked, ConversationText, Words, caller_of_own_agent, known_conversation, send
@@ -20,9 +21,12 @@ from api.idempotency import once
 from api.pages import LIMIT_MAX, begins_after, cursor_after
 from api.principals import AgentCall, AnyCall
 from api.quotas import say_quota
+from api.webhooks import CallbackData, callback_of_story
+from domain.callback import URL_CHARS_MAX
 from domain.ids import AgentId, named_conversation
 from domain.prices import MESSAGE
 from projections.conversations import MessageRow, get_conversation, list_messages, search_messages
+from schemas.turn_story import polled
 
 QUEUED = "Request queued for processing. Use /api/get_answer with request_id to get the response."
 WAIT_S_MAX = 25
@@ -30,10 +34,22 @@ WAIT_S_MAX = 25
 router = APIRouter(route_class=StrictRoute, tags=["Conversations"])
 
 
+CallbackUrl = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=URL_CHARS_MAX,
+        description="Is sent a signed POST when the request has ended: what `/api/get_answer` tells then, as `data`.",
+        examples=["https://example.com/oshaani-callback"],
+    ),
+]
+
+
 class CreateConversationBody(Body):
     """The first message of a new conversation."""
 
     message: Words
+    callback_url: CallbackUrl | None = None
 
 
 class ContinueConversationBody(Body):
@@ -41,6 +57,7 @@ class ContinueConversationBody(Body):
 
     conversation_id: ConversationText
     message: Words
+    callback_url: CallbackUrl | None = None
 
 
 class FindConversationBody(Body):
@@ -72,6 +89,7 @@ class Polled(BaseModel):
     iterations: int = 0
     error_message: str | None = None
     code: str | None = None
+    callback: CallbackData | None = None
 
 
 @router.post("/api/create_conversation", status_code=202, response_model=Accepted)
@@ -79,7 +97,8 @@ async def create_conversation(request: Request) -> Response:
     """Begin a conversation; its answer is fetched from `/api/get_answer`."""
     principal, agent_id = await caller_of_own_agent(request)
     body = await body_as(CreateConversationBody, request)
-    return await _queue(request, Asked(principal, agent_id, "api", MESSAGE, body.message))
+    asked = Asked(principal, agent_id, "api", MESSAGE, body.message, callback_url=body.callback_url)
+    return await _queue(request, asked)
 
 
 @router.post("/api/continue_conversation", status_code=202, response_model=Accepted)
@@ -87,9 +106,16 @@ async def continue_conversation(request: Request) -> Response:
     """Queue another message of a conversation; its turn comes when those before it are answered."""
     principal, agent_id = await caller_of_own_agent(request)
     body = await body_as(ContinueConversationBody, request)
-    return await _queue(
-        request, Asked(principal, agent_id, "api", MESSAGE, body.message, body.conversation_id)
+    asked = Asked(
+        principal,
+        agent_id,
+        "api",
+        MESSAGE,
+        body.message,
+        body.conversation_id,
+        callback_url=body.callback_url,
     )
+    return await _queue(request, asked)
 
 
 @router.get("/api/get_answer", response_model=Polled)
@@ -112,12 +138,13 @@ async def get_answer(
             story = await visible_story(call, turn_id)
     if story.ended is None:
         call.say("Retry-After", "1")
-    tag = tag_of(story.version)
+    callback = await callback_of_story(call, story)
+    tag = tag_of(story.version + (callback.version if callback else 0))
     call.say("ETag", tag)
     if is_known(call, tag):
         return Response(status_code=304)
     shown = await conversation_shown(call, story.conversation_id, call.caller().owner_id)
-    return answered(polled(story, shown))
+    return answered({**polled(story, shown), **webhooks.shown(callback)})
 
 
 @router.post("/api/find_conversation", response_model=Envelope[dict[str, Any]])

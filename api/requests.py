@@ -10,8 +10,9 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from api import webhooks
 from api.agents import AgentNumber, owned_agent
-from api.answers import conversation_shown, polled, visible_story
+from api.answers import conversation_shown, visible_story
 from api.bodies import Body, StrictRoute
 from api.call import Call, conversation_name, request_name, turn_named
 from api.chat import caller_of_agent, known_conversation
@@ -20,10 +21,12 @@ from api.idempotency import OnceDep
 from api.pages import Paging, PagingDep, after_row, page_of
 from api.principals import AnyCall
 from api.streams import TurnStream, last_event_id
+from api.webhooks import CallbackData, callback_of_story
 from commands.turn import CancelTurn
 from domain.ids import AgentId, TurnId, agent_of, named_conversation
 from domain.money import credits
 from projections.requests import RequestRow, list_requests
+from schemas.turn_story import polled
 
 router = APIRouter(route_class=StrictRoute, tags=["Requests"])
 
@@ -47,6 +50,7 @@ class RequestData(BaseModel):
     conversation_id: str | None
     status: str = Field(examples=["completed"])
     model: str | None = Field(default=None, examples=["ollama:llama3.2"])
+    callback: CallbackData | None = None
 
 
 @router.get("/api/requests", response_model=Listed[RequestData], tags=["Requests"])
@@ -78,7 +82,10 @@ async def get_request(call: AnyCall, request_id: RequestId) -> Response:
     """One request, in every state."""
     story = await visible_story(call, turn_named(request_id))
     shown = await conversation_shown(call, story.conversation_id, call.caller().owner_id)
-    return enveloped({**polled(story, shown), "model": story.model}, "The request.")
+    callback = await callback_of_story(call, story)
+    return enveloped(
+        {**polled(story, shown), "model": story.model, **webhooks.shown(callback)}, "The request."
+    )
 
 
 @router.get("/api/requests/{request_id}/events", response_class=StreamingResponse)
@@ -129,7 +136,7 @@ def _conversation(agent_id: AgentId | None, text: str | None) -> UUID | None:
 def data_of(row: RequestRow, by_owner: bool) -> dict[str, Any]:
     """A request as a list shows it; what it cost is for the owner."""
     named = row.conversation_name or (row.conversation_id and conversation_name(row.conversation_id))
-    data = {
+    data: dict[str, Any] = {
         "request_id": request_name(row.request_id),
         "conversation_id": named,
         "status": row.status,
@@ -146,6 +153,8 @@ def data_of(row: RequestRow, by_owner: bool) -> dict[str, Any]:
         "started_at": instant(row.started_at),
         "ended_at": instant(row.ended_at),
     }
+    if row.callback_status is not None:
+        data["callback"] = {"status": row.callback_status, "attempts": row.callback_attempts}
     if by_owner:
         data.update(charged_credits=credits(row.charged_ncr), meter=row.meter, actor=row.actor)
     return data

@@ -23,6 +23,7 @@ from domain.ports import (
     Tool,
     ToolKind,
     Vault,
+    WebhookSecrets,
 )
 from projections.read_side import ReadSide
 from schemas.records import Records
@@ -107,6 +108,7 @@ class Server:
     sessions: Sessions
     passwords: Passwords
     vault: Vault
+    webhook_secrets: WebhookSecrets
     models: Models
     toolbox: Toolbox
     base_url: str

@@ -17,13 +17,14 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from api.answers import Story, answer_of, charged, problem_of_end, turn_records
+from api.answers import charged, problem_of_end, turn_records
 from api.call import Call, request_name
 from api.errors import invalid
 from domain.ids import TurnId
 from domain.turn import Turn
 from schemas.records import AnyRecord
 from schemas.turn_feed import Follower, Token
+from schemas.turn_story import Story, answer_of
 
 CHECK_S = 1.0  # how long a revoked key may go on listening
 LOOK_AGAIN_S = 5.0  # a feed may lose what it carries; the log does not

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from commands.command import Command, Result, WriteSide, handles
 from domain.agent import Agent
+from domain.callback import Callback, callback_of
 from domain.conversation import Channel, Conversation, WhenBusy
 from domain.credit_account import CreditAccount
 from domain.errors import NotFound, NotYours
@@ -68,6 +69,7 @@ class SendMessage(Command):
     by_owner: bool
     stateless: bool = False
     when_busy: WhenBusy = "queue"
+    callback_url: str | None = None
 
     def reads(self) -> tuple[UUID, ...]:
         streams: tuple[UUID, ...] = (self.agent_id, account_of(self.tenant_id))
@@ -228,7 +230,10 @@ def send_message(command: SendMessage, write: WriteSide) -> Result:
         stateless=command.stateless,
         invoked=False,
         queued=not active,
+        callback=command.callback_url is not None,
     )
+    if command.callback_url is not None:
+        _request_callback(command, agent, command.callback_url, write)
     at = write.now + PICKUP if active else limits.deadline_at
     write.due("turn", command.turn_id, command.turn_id, at)
     return {"queued": not active, "accepted_at": write.now.isoformat()}
@@ -444,6 +449,15 @@ def _forget(turn: Turn, write: WriteSide) -> None:
     write.done("turn", turn.id, turn.id)
     for call in turn.tool_calls.values():
         write.done("tool_call", call.tool_call_id, turn.id)
+    if turn.callback:
+        callback = write.get(Callback, callback_of(turn.id))
+        callback.queue(write.now)
+        write.due("callback", callback.id, callback.id, write.now + PICKUP)
+
+
+def _request_callback(command: SendMessage, agent: Agent, url: str, write: WriteSide) -> None:
+    callback = Callback.request(command.turn_id, agent.owner_id, agent.agent_id, url, write.actor, write.now)
+    write.add(callback)
 
 
 def _accept(

@@ -19,6 +19,8 @@ POINTS = (
     "tool.recorded",
     "debit.before",
     "debit.after",
+    "callback.claimed",
+    "callback.sent",
     "projection.before_commit",
     "projection.after_commit",
     "cursor.saved",

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Literal, NamedTuple, Protocol
 from uuid import UUID
 
-DueKind = Literal["turn", "tool_call"]
+DueKind = Literal["turn", "tool_call", "callback"]
 
 
 class StoredEvent(NamedTuple):

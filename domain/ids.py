@@ -60,6 +60,16 @@ def named_conversation(agent_id: AgentId, name: str) -> ConversationId:
     return ConversationId(derived(agent_id, "conversation", name))
 
 
+def request_name(turn_id: UUID) -> str:
+    """A turn as people name it."""
+    return f"req-{turn_id}"
+
+
+def conversation_name(conversation_id: UUID) -> str:
+    """A conversation as people name it, unless they gave it a name of their own."""
+    return f"conv-{conversation_id}"
+
+
 def event_id(stream_id: UUID, stream_version: int) -> UUID:
     """The id of an event, the same wherever it is computed."""
     return _version_5(sha1(stream_id.bytes + b"%d" % stream_version, usedforsecurity=False).digest())

@@ -242,12 +242,20 @@ class Egress(Protocol):
         body: bytes | None = None,
         timeout_s: float = 15.0,
         size_bytes_max: int = 5_000_000,
+        follow_redirects: bool = True,
     ) -> Fetched:
-        """Send one request, following at most five checked redirects.
+        """Send one request, following at most five checked redirects, or answering with the first of them.
 
         Raises:
             EgressDenied: denied by policy, unreachable, too slow or too large.
         """
+
+
+class WebhookSecrets(Protocol):
+    """What messages to a caller's server are signed with, so that it knows them for ours."""
+
+    def of(self, actor: str) -> bytes:
+        """The secret of whoever made the request that a message answers: always the same, and nobody else's."""
 
 
 # --- secrets and personal data -----------------------------------------------------------------------------------

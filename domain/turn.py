@@ -248,6 +248,7 @@ class Turn(Root):
         invoked: bool
         queued: bool
         accepted_at: datetime
+        callback: bool = False  # whether somebody is to be told of the end, see domain.callback
 
     class ContextAssembled(Root.Event):
         TOPIC = "Turn.ContextAssembled"
@@ -449,6 +450,7 @@ class Turn(Root):
         limits: TurnLimits,
         stateless: bool,
         invoked: bool,
+        callback: bool = False,
     ) -> None:
         self.owner_id = owner_id
         self.conversation_id = conversation_id
@@ -463,6 +465,7 @@ class Turn(Root):
         self.limits = limits
         self.stateless = stateless
         self.invoked = invoked
+        self.callback = callback
         self.assembled = False
         self.iteration = 0
         self.attempt = 0

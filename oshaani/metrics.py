@@ -8,6 +8,7 @@ from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from domain.callback import Callback
 from domain.credit_account import CreditAccount
 from domain.ports import ModelErrorClass
 from domain.turn import OUTCOMES, ToolOutcome, Turn
@@ -15,6 +16,7 @@ from schemas.records import AnyRecord
 
 MODEL_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 QUEUES = ("commands", "processors", "read_models", "calls", "poisoned")
+CALLBACK_OUTCOMES = ("delivered", "failed", "given_up")
 Queues = Callable[[], Mapping[str, int]]
 
 
@@ -42,6 +44,12 @@ class PlatformMetrics:
         self._tool_calls = Counter(
             "oshaani_tool_calls", "Tool calls by how they ended.", ("outcome",), registry=registry
         )
+        self._callbacks = Counter(
+            "oshaani_callbacks",
+            "Attempts to deliver callbacks, by how they ended.",
+            ("outcome",),
+            registry=registry,
+        )
         self._charged = Counter("oshaani_charged_nanocredits", "Nano-credits charged.", registry=registry)
         waiting = Gauge(
             "oshaani_waiting",
@@ -49,7 +57,7 @@ class PlatformMetrics:
             ("queue",),
             registry=registry,
         )
-        for queue in QUEUES:
+        for queue in queues():
             waiting.labels(queue).set_function(partial(_length, queues, queue))
 
         # Every series is there from the start, so that its first increase is seen; and looking one up costs more than
@@ -59,12 +67,16 @@ class PlatformMetrics:
         self._failures = {each: self._model_calls.labels(each.value) for each in ModelErrorClass}
         self._input, self._output = (self._tokens.labels(each) for each in ("input", "output"))
         self._tools = {each: self._tool_calls.labels(each) for each in get_args(ToolOutcome)}
+        delivered, failed, given_up = (self._callbacks.labels(each) for each in CALLBACK_OUTCOMES)
         self._counts: dict[type, Callable[[AnyRecord], None]] = {
             Turn.Accepted: lambda record: self._accepted.inc(),
             Turn.ModelCallCompleted: self._model_answered,
             Turn.ModelCallFailed: lambda record: self._failures[record.event.error_class].inc(),
             Turn.ToolCalled: lambda record: self._tools[record.event.outcome].inc(),
             Turn.ToolCallOutcomeUnknown: lambda record: self._tools["unknown"].inc(),
+            Callback.Delivered: lambda record: delivered.inc(),
+            Callback.AttemptFailed: lambda record: failed.inc(),
+            Callback.GivenUp: lambda record: given_up.inc(),
             CreditAccount.CreditsSettled: lambda record: self._charged.inc(record.event.captured_ncr),
             **dict.fromkeys(
                 (Turn.Completed, Turn.Failed, Turn.TimedOut, Turn.Cancelled),

@@ -27,6 +27,7 @@ from adapters.tools.catalogue import ToolCatalogue
 from adapters.tools.svg_diagram import svg_diagram
 from adapters.tools.url_resolver import url_resolver
 from adapters.tools.web_search import SearchServices, web_search
+from adapters.webhooks import DerivedWebhookSecrets
 from api.app import create_app
 from api.server import Check, Limits, Server
 from commands.bus import Bus
@@ -47,14 +48,15 @@ from schemas.turn_feed import TurnFeed
 from stream_processors.agent_turns import agent_turns
 from stream_processors.credit_debits import credit_debits
 from stream_processors.history import ConversationHistory
-from stream_processors.processor import Work
+from stream_processors.notifications import notifications
+from stream_processors.processor import WayOut, Work
 from stream_processors.sweeper import Sweeper
 from stream_processors.tool_calls import tool_calls
 
 Pool = AsyncConnectionPool[Any]
 
 READ_CONNECTIONS = 4
-PROCESSORS = (agent_turns, tool_calls, credit_debits)
+PROCESSORS = (agent_turns, tool_calls, credit_debits, notifications)
 LAG_MAX = 5_000  # events the read models may be behind and the server still be called ready
 _SEQUENCE = "CREATE SEQUENCE IF NOT EXISTS agent_number"
 
@@ -89,6 +91,7 @@ class Means:
 
     registry: ModelRegistry
     toolbox: ServerToolbox
+    egress: EgressClient
 
 
 @dataclass(slots=True)
@@ -169,9 +172,8 @@ async def means_of(core: Core) -> AsyncIterator[Means]:
         operator_egress = EgressClient(allow=("0.0.0.0/0", "::/0"), ports=range(1, 65536))
         for client in (egress, operator_egress):
             stack.push_async_callback(client.close)
-        yield Means(
-            registry, ServerToolbox(_catalogue(settings, egress, operator_egress), egress, core.vault)
-        )
+        catalogue = _catalogue(settings, egress, operator_egress)
+        yield Means(registry, ServerToolbox(catalogue, egress, core.vault), egress)
 
 
 def work_of(core: Core, means: Means, slot: str, feed: TurnFeed) -> Work:
@@ -185,6 +187,7 @@ def work_of(core: Core, means: Means, slot: str, feed: TurnFeed) -> Work:
         feed,
         utc_now,
         core.settings.model_timeout_s,
+        out=WayOut(core.log, core.records, means.egress, DerivedWebhookSecrets(core.secret)),
     )
 
 
@@ -209,6 +212,7 @@ async def server_of(
             sessions=identity.PostgresSessions(core.pool),
             passwords=passwords,
             vault=core.vault,
+            webhook_secrets=DerivedWebhookSecrets(core.secret),
             models=NumberedModels(means.registry),
             toolbox=OwnersToolbox(means.toolbox),
             base_url=settings.base_url,

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
+from domain.callback import Callback, CallbackStatus
 from domain.conversation import Conversation
 from domain.turn import Turn
 from projections.projection import Insert, Projection, Update
@@ -16,7 +17,7 @@ from schemas.records import AnyRecord, Record
 
 requests = Projection(
     "requests",
-    version=1,
+    version=2,
     tables="""
     CREATE TABLE request (
         request_id      uuid        PRIMARY KEY,   -- the turn
@@ -36,6 +37,8 @@ requests = Projection(
         created_at      timestamptz NOT NULL,
         started_at      timestamptz,
         ended_at        timestamptz,
+        callback_status   text,                    -- waiting | pending | delivered | failed; NULL without a callback
+        callback_attempts integer   NOT NULL,
         last_position   bigint      NOT NULL       -- of the last event that changed this row
     );""",
     indexes="""
@@ -78,6 +81,8 @@ class RequestRow:
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
+    callback_status: CallbackStatus | None
+    callback_attempts: int
     last_position: int
 
     @property
@@ -89,7 +94,8 @@ _SELECT = """
     SELECT r.request_id, r.tenant_id, r.agent_id, r.conversation_id, c.name AS conversation_name, r.mode, r.status,
            r.queued, r.meter, r.actor, q.content AS question, a.content AS response,
            coalesce(t.calls, '[]') AS tool_calls, r.iterations, r.charged_ncr, r.finish, r.code, r.error_message,
-           m.model, r.created_at, r.started_at, r.ended_at, r.last_position
+           m.model, r.created_at, r.started_at, r.ended_at, r.callback_status, r.callback_attempts,
+           r.last_position
       FROM request r
       LEFT JOIN conversation c ON c.conversation_id = r.conversation_id
       LEFT JOIN turn m ON m.turn_id = r.request_id
@@ -160,6 +166,8 @@ def accepted(record: Record[Turn.Accepted]) -> Insert:
         "actor": turn.actor,
         "iterations": 0,
         "charged_ncr": 0,
+        "callback_status": "waiting" if turn.callback else None,
+        "callback_attempts": 0,
         "created_at": turn.accepted_at,
         "last_position": record.position,
     }
@@ -198,6 +206,30 @@ def completed(record: Record[Turn.Completed]) -> Update:
 def failed(record: Record[Turn.Failed | Turn.TimedOut | Turn.Cancelled]) -> Update:
     event = record.event
     return _ended(record, status="failed", code=event.error_code, error_message=event.sentence)
+
+
+@requests.on(Callback.Queued)
+def callback_queued(record: Record[Callback.Queued]) -> Update:
+    return _told(record, callback_status="pending")
+
+
+@requests.on(Callback.AttemptStarted)
+def callback_started(record: Record[Callback.AttemptStarted]) -> Update:
+    return _told(record, callback_attempts=record.event.attempt)
+
+
+@requests.on(Callback.Delivered)
+def callback_delivered(record: Record[Callback.Delivered]) -> Update:
+    return _told(record, callback_status="delivered")
+
+
+@requests.on(Callback.GivenUp)
+def callback_given_up(record: Record[Callback.GivenUp]) -> Update:
+    return _told(record, callback_status="failed")
+
+
+def _told(record: AnyRecord, **columns: Any) -> Update:
+    return Update("request", (record.event.turn_id,), {**columns, "last_position": record.position})
 
 
 def _ended(

@@ -19,13 +19,14 @@ from eventsourcing.domain import AggregateCreated, AggregateEvent
 
 from domain.agent import Agent
 from domain.aggregate import PERSONAL, Root
+from domain.callback import Callback
 from domain.conversation import Conversation
 from domain.credit_account import CreditAccount
 from domain.turn import Turn
 from domain.user import User
 from schemas.upcasters import upcast
 
-AGGREGATES: tuple[type[Root], ...] = (User, Agent, Conversation, Turn, CreditAccount)
+AGGREGATES: tuple[type[Root], ...] = (User, Agent, Conversation, Turn, CreditAccount, Callback)
 ABSTRACT = {"CreditAccount.Moved", "Turn.Ended"}  # shared fields, never recorded themselves
 ENVELOPE = ("originator_id", "originator_version", "timestamp", "originator_topic")
 

@@ -19,16 +19,18 @@ from commands.bus import Bus, Overloaded
 from commands.command import Command, Outcome
 from domain.agent import Agent
 from domain.configuration import Settings
-from domain.event_log import LogUnavailable
-from domain.ports import Clock, ModelCard, ModelReply, ModelRequest, Tool
-from schemas.records import AnyRecord
+from domain.event_log import EventLog, LogUnavailable
+from domain.ports import Clock, Egress, ModelCard, ModelReply, ModelRequest, Tool, WebhookSecrets
+from schemas.records import AnyRecord, Records
 from schemas.turn_feed import TurnFeed
 from stream_processors.history import ConversationHistory
+from stream_processors.publication import Publication
 
 log_of = logging.getLogger(__name__)
 
 MODEL_CALLS_MAX = 256  # under way at once in one worker
 TOOL_CALLS_MAX = 64
+CALLBACKS_MAX = 64
 PERSIST_PAUSE_FIRST_S, PERSIST_PAUSE_MAX_S = 0.2, 2.0
 
 
@@ -59,6 +61,17 @@ class Running:
     task: asyncio.Task[None]
 
 
+@dataclass(frozen=True, slots=True)
+class WayOut:
+    """What it takes to tell callers' servers something."""
+
+    log: EventLog
+    records: Records
+    egress: Egress
+    secrets: WebhookSecrets
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CALLBACKS_MAX))
+
+
 @dataclass(slots=True)
 class Work:
     """What processors use: one for each worker process."""
@@ -73,8 +86,10 @@ class Work:
     model_timeout_s: float = 60.0
     model_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MODEL_CALLS_MAX))
     tool_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(TOOL_CALLS_MAX))
+    out: WayOut | None = None  # without one, this worker leaves callbacks to others
     running: dict[UUID, Running] = field(default_factory=dict)
     retry_at: Callable[[datetime], None] = lambda at: None
+    publication: Publication | None = None  # of workers that publish
 
     @property
     def actor(self) -> str:

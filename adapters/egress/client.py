@@ -85,6 +85,7 @@ class EgressClient:
         body: bytes | None = None,
         timeout_s: float = 15.0,
         size_bytes_max: int = 5_000_000,
+        follow_redirects: bool = True,
     ) -> Fetched:
         try:
             hop = _Hop(
@@ -94,7 +95,7 @@ class EgressClient:
                 rules.checked_body(body),
             )
             async with asyncio.timeout(timeout_s):
-                return await self._follow(hop, size_bytes_max)
+                return await self._follow(hop, size_bytes_max, follow_redirects)
         except (Refused, aiohttp.ClientError, OSError, ValueError) as error:
             # TimeoutError is an OSError. The reason is for operators; a caller could map a network with it.
             log.debug("egress refused or failed", extra={"reason": type(error).__name__})
@@ -108,15 +109,15 @@ class EgressClient:
         if self._system_resolver is not None:
             self._system_resolver.close()
 
-    async def _follow(self, hop: _Hop, size_bytes_max: int) -> Fetched:
+    async def _follow(self, hop: _Hop, size_bytes_max: int, follow_redirects: bool) -> Fetched:
         for _ in range(REDIRECT_COUNT_MAX + 1):
-            answer = await self._send(hop, size_bytes_max)
+            answer = await self._send(hop, size_bytes_max, follow_redirects)
             if isinstance(answer, Fetched):
                 return answer
             hop = answer
         raise Refused("too many redirects")
 
-    async def _send(self, hop: _Hop, size_bytes_max: int) -> Fetched | _Hop:
+    async def _send(self, hop: _Hop, size_bytes_max: int, follow_redirects: bool) -> Fetched | _Hop:
         self._check_target(hop.url)
         response = await self._open_session().request(
             hop.method,
@@ -127,7 +128,7 @@ class EgressClient:
         )
         try:
             location = response.headers.get("Location")
-            if response.status in _REDIRECTS and location is not None:
+            if follow_redirects and response.status in _REDIRECTS and location is not None:
                 return _next_hop(hop, response.status, location)
             encoding = (
                 "" if hop.method == "HEAD" else ",".join(response.headers.getall("Content-Encoding", []))

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from domain.callback import Callback
 from domain.conversation import Conversation
 from domain.credit_account import ChargeLine, CreditAccount
 from domain.ids import hold_of
@@ -118,7 +119,7 @@ class Teller:
         if isinstance(record.event, CreditAccount.Event):
             low = isinstance(event, CreditAccount.LowBalanceCrossed)
             return low or bool(getattr(event, "hold_id", None) == hold_of(self.turn_id))
-        return record.stream_id == self.turn_id
+        return self.turn_id in (record.stream_id, getattr(event, "turn_id", None))
 
 
 # What is said of an event, and the note it deserves if it is odd.
@@ -284,6 +285,37 @@ def _gave_up(story: Teller, event: Turn.Failed | Turn.TimedOut | Turn.Cancelled,
     outcome = OUTCOMES[record.type].replace("_", " ")
     uncharged = "the message is not charged" if event.lines else "nothing is charged"
     return f"{outcome} ({event.error_code}): {plain(event.sentence)}", f"{outcome}, so {uncharged}"
+
+
+# --- the callback -----------------------------------------------------------------------------------------------------
+
+
+@_tells(Callback.Requested)
+def _callback_requested(story: Teller, event: Callback.Requested, record: AnyRecord) -> Told:
+    return f"the end is to be told to {story.excerpt(event.url)}", None
+
+
+@_tells(Callback.AttemptStarted)
+def _callback_started(story: Teller, event: Callback.AttemptStarted, record: AnyRecord) -> Told:
+    return f"callback attempt {event.attempt} by {event.worker}", None
+
+
+@_tells(Callback.Delivered)
+def _callback_delivered(story: Teller, event: Callback.Delivered, record: AnyRecord) -> Told:
+    return f"callback delivered: HTTP {event.status_code} after {event.latency_ms} ms", None
+
+
+@_tells(Callback.AttemptFailed)
+def _callback_failed(story: Teller, event: Callback.AttemptFailed, record: AnyRecord) -> Told:
+    again = f"; again at {event.retry_at:%Y-%m-%d %H:%M:%SZ}" if event.retry_at else ""
+    text = f"callback attempt {event.attempt} failed ({event.reason}) after {event.latency_ms} ms{again}"
+    return text, f"callback attempt {event.attempt} failed: {event.reason}"
+
+
+@_tells(Callback.GivenUp)
+def _callback_given_up(story: Teller, event: Callback.GivenUp, record: AnyRecord) -> Told:
+    note = f"its caller was never told of the end: {event.reason}"
+    return f"callback given up after {event.attempts} attempts ({event.reason})", note
 
 
 # --- the money ------------------------------------------------------------------------------------------------------

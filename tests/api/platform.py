@@ -21,7 +21,7 @@ import uvicorn
 from pydantic import Field
 
 from adapters.api_keys import HmacApiKeys
-from adapters.egress.client import EgressClient
+from adapters.egress.client import ANY_PORT, EgressClient
 from adapters.memory.identity import MemoryKeyUses, MemoryLogins, MemorySessions
 from adapters.memory.key_ring import MemoryKeyRing
 from adapters.memory.object_store import MemoryObjectStore
@@ -32,6 +32,7 @@ from adapters.postgres.event_log import PostgresEventLog
 from adapters.postgres.pool import deadline, open_pool
 from adapters.tools.catalogue import ToolCatalogue
 from adapters.tools.tool import tool
+from adapters.webhooks import DerivedWebhookSecrets
 from api.app import create_app
 from api.server import Check, Limits, NumberedModel, Server
 from commands.bus import Bus
@@ -58,7 +59,8 @@ from schemas.records import AnyRecord, Records
 from stream_processors.agent_turns import agent_turns
 from stream_processors.credit_debits import credit_debits
 from stream_processors.history import ConversationHistory
-from stream_processors.processor import Work
+from stream_processors.notifications import notifications
+from stream_processors.processor import WayOut, Work
 from stream_processors.sweeper import Sweeper
 from stream_processors.tool_calls import tool_calls
 
@@ -206,14 +208,19 @@ def _parts(log: Breakable, pool: Pool, closing: AsyncExitStack, base_url: str) -
     bus = Bus(log, records, rules)
     projector = Runner(pool, deadline, log, records)
     model, feed, vault, egress = ScriptedModel(), MemoryTurnFeed(), MemoryVault(), EgressClient()
+    # Callbacks may go to this machine, where the tests' receivers are.
+    door = EgressClient(allow=("127.0.0.0/8",), ports=ANY_PORT)
     passwords = Argon2Passwords()
     toolbox = ServerToolbox(ToolCatalogue(echo, oracle), egress, vault)
     history = ConversationHistory(log, records)
-    work = Work("tests/1", bus, model, toolbox, history, feed, utc_now, 30.0)
-    host = ProcessorHost(log, records, (agent_turns, tool_calls, credit_debits), work)
+    secrets = DerivedWebhookSecrets(MASTER_KEY)
+    out = WayOut(log, records, door, secrets)
+    work = Work("tests/1", bus, model, toolbox, history, feed, utc_now, 30.0, out=out)
+    host = ProcessorHost(log, records, (agent_turns, tool_calls, credit_debits, notifications), work)
     sweeper = Sweeper(log, work)
     numbers = count(1)
     closing.push_async_callback(egress.close)
+    closing.push_async_callback(door.close)
     closing.push_async_callback(passwords.close)
 
     def committed(batch: Sequence[AnyRecord]) -> None:
@@ -243,6 +250,7 @@ def _parts(log: Breakable, pool: Pool, closing: AsyncExitStack, base_url: str) -
         sessions=MemorySessions(),
         passwords=passwords,
         vault=vault,
+        webhook_secrets=secrets,
         models=Models(),
         toolbox=OwnersToolbox(toolbox),
         base_url=base_url,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
+from domain.callback import callback_of
 from domain.crash_points import POINTS
 from tests.flows.people import Person
 from tests.flows.world import MESSAGE, TOOL, Asked, World, balance, turn_of, until, world
 from tests.peers.databases import new_database
 
 FOUND = "HTTP 200 OK\n\n42"
+CALLBACK_POINTS = [point for point in POINTS if point.startswith("callback.")]
 UNKNOWN = "It is not known whether this tool call took effect"
 
 
@@ -49,7 +52,7 @@ def check_settled(world: World, person: Person, turn_ids: list[UUID], left: obje
         assert world.settlements(turn_id) == 1
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", [point for point in POINTS if point not in CALLBACK_POINTS])
 def test_a_server_that_dies_at(killed: World, point: str) -> None:
     person, word = killed.person, f"w{uuid4().hex}"
     until(lambda: balance(person)[1] == 0, "a quiet account")
@@ -100,6 +103,34 @@ def test_what_must_not_happen_twice_does_not(killed: World, point: str) -> None:
     assert len(killed.facts("Turn.ToolCallOutcomeUnknown", turn_of(answer))) == 1
     # Nobody pays for what nobody knows.
     check_settled(killed, person, [turn_of(answer)], available - MESSAGE)
+
+
+@pytest.mark.parametrize("point", CALLBACK_POINTS)
+def test_a_callback_is_told_although_its_sender_died(killed: World, point: str) -> None:
+    person, word = killed.person, f"w{uuid4().hex}"
+    until(lambda: balance(person)[1] == 0, "a quiet account")
+    killed.arm(point)
+    url = f"http://127.0.0.1:{killed.page.port}/told?{word}"
+    body = {"message": f"[[say plain {word}]]", "callback_url": url}
+    accepted = person.server.send("POST", "/api/create_conversation", body, person.agent)
+    assert accepted.status == 202, accepted.text
+    until(killed.has_died, "the server's death")
+    # Nobody can know whether what was sent was heard, so it is sent again.
+    before = killed.page.visits_of(f"told?{word}")
+    assert before == (1 if point == "callback.sent" else 0)
+
+    person = killed.person
+    path = f"/api/get_answer?request_id={accepted.json['request_id']}"
+
+    def told() -> Any:
+        found = person.server.send("GET", path, headers=person.agent).json["callback"]
+        return found if found["status"] == "delivered" else None
+
+    assert until(told, "the delivery")["attempts"] == 2
+    assert killed.page.visits_of(f"told?{word}") == before + 1
+    callback_id = callback_of(turn_of(accepted))
+    assert killed.due([callback_id, turn_of(accepted)]) == 0
+    assert len(killed.facts("Callback.Delivered", callback_id)) == 1
 
 
 def test_every_point_is_reached_by_the_program() -> None:

@@ -15,11 +15,13 @@ from adapters.memory.object_store import MemoryObjectStore
 from adapters.postgres.event_log import PostgresEventLog
 from adapters.postgres.pool import deadline, open_pool
 from commands import agent as agents
+from commands import callback as callbacks
 from commands import credit_account as credits_of
 from commands import turn as turns
 from commands import user as users
 from commands.bus import Bus
 from commands.command import Command, Outcome, Rules, WriteSide, handles
+from domain.callback import callback_of
 from domain.credit_account import CreditAccount, Origin
 from domain.ids import (
     ConversationId,
@@ -45,7 +47,7 @@ from schemas.records import Records
 
 WORKER = "turns-1/a"
 WAIT_S = 10.0
-PLENTY = Rules(plans={name: {} for name in ("free", "starter", "payg")}, free_credits_ncr=ncr("60"))
+PLENTY = Rules(plans={name: {} for name in ("free", "starter", "payg")}, free_credits_ncr=ncr("69"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +211,13 @@ class Person:
             )
         )
 
-    async def asks(self, text: str, name: str | None = None, conversation: UUID | None = None) -> TurnId:
+    async def asks(
+        self,
+        text: str,
+        name: str | None = None,
+        conversation: UUID | None = None,
+        callback_url: str | None = None,
+    ) -> TurnId:
         turn_id = TurnId(uuid4())
         agent_id = agent_of(self.number)
         conversation_id = (
@@ -228,6 +236,7 @@ class Person:
                 mode="async",
                 meter=MESSAGE,
                 by_owner=True,
+                callback_url=callback_url,
             )
         )
         return turn_id
@@ -348,6 +357,21 @@ class Person:
         await self.settles(turn_id, MESSAGE, "tool_call")
         return turn_id
 
+    async def is_called_back(self, turn_id: TurnId, *status_codes: int) -> None:
+        """The callback's receiver answers one attempt after the other with these."""
+        of_callback = {"tenant_id": self.user_id, "callback_id": callback_of(turn_id)}
+        for attempt, status_code in enumerate(status_codes, 1):
+            self.world.clock.pass_(hours=1)
+            at = self.world.clock.now + timedelta(seconds=15)
+            start = callbacks.StartCallback(**of_callback, worker=WORKER, lost_worker="", deadline_at=at)
+            await self.does(start, by=f"worker:{WORKER}")
+            came = {**of_callback, "attempt": attempt, "status_code": status_code, "latency_ms": 5}
+            if status_code < 300:
+                await self.does(callbacks.CompleteCallback(**came), by=f"worker:{WORKER}")
+            else:
+                failed = callbacks.FailCallback(**came, reason=f"http_{status_code}", retry_after_s=None)
+                await self.does(failed, by=f"worker:{WORKER}")
+
     async def turn(self, turn_id: TurnId) -> Turn:
         return await self.world.bus.read(Turn, turn_id, self.user_id)
 
@@ -368,6 +392,7 @@ async def life_of(someone: Person) -> None:
     await someone.signs_up()
     await someone.makes_agent()
     await talks(someone)
+    await is_told(someone)
     await fails(someone)
     await pays(someone)
     await leaves(someone)
@@ -398,6 +423,14 @@ async def talks(someone: Person) -> None:
     )
     await someone.tool_runs(invoked, tool_call_of(invoked, 1, 0), "4")
     await someone.settles(invoked, "tool_call")
+
+
+async def is_told(someone: Person) -> None:
+    """Ends that are told to a server of the caller's, at the second attempt, or not at all."""
+    for status_codes in ((503, 204), (410,), ()):
+        url = "https://example.com/done"
+        turn_id = await someone.is_answered("Call me.", "Calling.", callback_url=url)
+        await someone.is_called_back(turn_id, *status_codes)
 
 
 async def fails(someone: Person) -> None:
