@@ -55,7 +55,14 @@ class Topic:
         }
 
 
-PROCESSORS = ("agent_turns", "tool_calls", "credit_debits", "public_topics", "usage_analytics")
+PROCESSORS = (
+    "agent_turns",
+    "tool_calls",
+    "credit_debits",
+    "notifications",
+    "public_topics",
+    "usage_analytics",
+)
 """The processors that have a work topic."""
 
 
