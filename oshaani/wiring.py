@@ -19,7 +19,7 @@ from adapters.egress.client import EgressClient
 from adapters.memory.turn_feed import MemoryTurnFeed
 from adapters.object_stores.files import FileObjectStore
 from adapters.passwords import Argon2Passwords
-from adapters.postgres import identity, key_ring, leases, vault
+from adapters.postgres import identity, key_ring, leases, parked_records, vault
 from adapters.postgres.embedded import embedded_postgres
 from adapters.postgres.event_log import PostgresEventLog, run_script
 from adapters.postgres.pool import deadline, open_pool
@@ -110,9 +110,8 @@ class Platform:
 async def migrate(dsn: str) -> None:
     """Create or bring up to date everything in the database; safe to run again, and by several at once."""
     await PostgresEventLog(dsn).migrate()
-    await run_script(
-        dsn, "\n".join((key_ring.TABLES, vault.TABLES, identity.TABLES, leases.TABLES, _SEQUENCE))
-    )
+    parts = (key_ring, vault, identity, leases, parked_records)
+    await run_script(dsn, "\n".join([*(each.TABLES for each in parts), _SEQUENCE]))
 
 
 @asynccontextmanager
