@@ -1,13 +1,14 @@
-"""Servers and databases for the tests: one Postgres per run, a fresh database per test that asks for one."""
+"""Servers and databases for the tests: one Postgres per run, a fresh database per test that asks for one.
+
+Brokers are in `tests/peers/brokers.py`.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
@@ -18,6 +19,10 @@ from psycopg import sql
 
 from adapters.postgres.data_folder import EmbeddedPostgresFault, held_by_this_process
 from adapters.postgres.embedded import PostgresServer
+from tests.peers.brokers import broker as broker
+from tests.peers.brokers import end_brokers, one_at_a_time
+from tests.peers.brokers import own_broker as own_broker
+from tests.peers.brokers import topics as topics
 
 RUN_FOLDERS = "oshaani-tests-"
 # A test loses nothing when the machine loses power.
@@ -46,7 +51,8 @@ def pytest_configure_node(node: object) -> None:
 
 
 def remove_run(folder: Path) -> None:
-    """End the server of a run, whichever process started it, and remove what it wrote."""
+    """End the servers of a run, whichever process started them, and remove what they wrote."""
+    end_brokers(folder)
     PostgresServer(folder).stop_left_over()
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -63,25 +69,22 @@ def remove_abandoned_runs() -> None:
             continue
 
 
-@contextmanager
-def one_at_a_time(lock_file: Path) -> Iterator[None]:
-    with lock_file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+@pytest.fixture(scope="session")
+def run_folder(request: pytest.FixtureRequest) -> Path:
+    """The folder of this run, shared by its workers; what runs in it is ended with the run."""
+    worker = getattr(request.config, "workerinput", None)
+    return request.config.stash[_run_folder] if worker is None else Path(worker["oshaani_run_folder"])
 
 
 @pytest.fixture(scope="session")
-def postgres_dsn(request: pytest.FixtureRequest) -> str:
+def postgres_dsn(request: pytest.FixtureRequest, run_folder: Path) -> str:
     """A server for this run, shared by its workers; `TEST_DATABASE_URL` names another to use instead."""
     if url := os.environ.get("TEST_DATABASE_URL"):
         return url
-    config = request.config
-    worker = getattr(config, "workerinput", None)
-    folder = config.stash[_run_folder] if worker is None else Path(worker["oshaani_run_folder"])
     # Kept for as long as the process lives: the first process of the run stops the server, not this fixture.
-    server = config.stash.setdefault(_server, PostgresServer(folder, SERVER_SETTINGS))
-    started = folder / "started"
-    with one_at_a_time(folder / "starting"):
+    server = request.config.stash.setdefault(_server, PostgresServer(run_folder, SERVER_SETTINGS))
+    started = run_folder / "started"
+    with one_at_a_time(run_folder / "starting"):
         if not started.exists():
             server.start()
             started.touch()
