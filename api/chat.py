@@ -50,6 +50,13 @@ ConversationText = Annotated[
         description="An id that we gave (`conv-…`), or a name of your own: a conversation is begun on its first use.",
     ),
 ]
+Busy = Annotated[
+    WhenBusy,
+    Field(
+        description="While another message is being answered: wait for it (`queue`), be refused with 409 (`reject`), or "
+        "cancel it and go ahead of those that wait (`interrupt`)."
+    ),
+]
 Stream = Annotated[bool, Field(description="Answer with server-sent events.")]
 
 
@@ -59,10 +66,7 @@ class ChatBody(Body):
     message: Words
     conversation_id: ConversationText | None = None
     stream: Stream = False
-    when_busy: Annotated[
-        WhenBusy,
-        Field(description="While another message is being answered: wait for it, or be refused with 409."),
-    ] = "queue"
+    when_busy: Busy = "queue"
 
 
 class QueryBody(Body):

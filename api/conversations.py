@@ -13,7 +13,7 @@ from api import webhooks
 from api.answers import conversation_shown, visible_story
 from api.bodies import Body, StrictRoute, body_as
 from api.call import Call, call_of, conversation_name, request_name, turn_named
-from api.chat import Asked, ConversationText, Words, caller_of_own_agent, known_conversation, send
+from api.chat import Asked, Busy, ConversationText, Words, caller_of_own_agent, known_conversation, send
 from api.envelopes import Envelope, answered, enveloped, instant
 from api.errors import invalid, not_found
 from api.etags import is_known, tag_of
@@ -57,6 +57,7 @@ class ContinueConversationBody(Body):
 
     conversation_id: ConversationText
     message: Words
+    when_busy: Busy = "queue"
     callback_url: CallbackUrl | None = None
 
 
@@ -113,6 +114,7 @@ async def continue_conversation(request: Request) -> Response:
         MESSAGE,
         body.message,
         body.conversation_id,
+        when_busy=body.when_busy,
         callback_url=body.callback_url,
     )
     return await _queue(request, asked)

@@ -47,6 +47,8 @@ HOLD_MARGIN_S = 3600.0  # a hold outlives its turn's deadline by this much
 GRACE = timedelta(seconds=GRACE_S)
 PICKUP = timedelta(seconds=PICKUP_S)
 
+INTERRUPTED = "Another message of the conversation took its place."
+
 Beginning = Literal["new", "named", "existing"]
 
 
@@ -213,6 +215,8 @@ def send_message(command: SendMessage, write: WriteSide) -> Result:
     _, settings = agent.settings_at(config_version)
     limits = TurnLimits(settings.max_tool_iterations, TOOL_CALLS_MAX, _deadline(write))
     message_id = MessageId(derived(command.turn_id, "asked"))
+    if command.when_busy == "interrupt":
+        _interrupt(conversation, write)
     active = conversation.accept(command.turn_id, message_id, command.content, command.when_busy, write.now)
     message_version = conversation.version if active else conversation.version - 1
     _accept(
@@ -438,6 +442,15 @@ def _leave_conversation(turn: Turn, write: WriteSide) -> None:
         conversation = write.get(Conversation, turn.conversation_id)
         _wake(conversation.close(turn.turn_id, turn.outcome or ""), write)
     _forget(turn, write)
+
+
+def _interrupt(conversation: Conversation, write: WriteSide) -> None:
+    """End the turn that is running: what ran of it is charged, its message is not."""
+    turn_id = conversation.interrupt()
+    if turn_id is not None:
+        turn = write.get(Turn, turn_id)
+        turn.cancel(write.actor, INTERRUPTED, write.now)
+        _forget(turn, write)
 
 
 def _wake(turn_id: TurnId | None, write: WriteSide) -> None:

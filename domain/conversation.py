@@ -13,7 +13,7 @@ from domain.ids import AgentId, ConversationId, MessageId, ToolCallId, TurnId, U
 QUEUED_TURNS_MAX = 20
 
 Channel = Literal["api", "api_v1", "dashboard", "share", "mcp", "openai"]
-WhenBusy = Literal["queue", "reject"]
+WhenBusy = Literal["queue", "reject", "interrupt"]
 
 
 class Conversation(Root):
@@ -131,7 +131,7 @@ class Conversation(Root):
         busy = self.active_turn is not None
         if busy and when_busy == "reject":
             raise ConversationBusy
-        if len(self.queue) >= QUEUED_TURNS_MAX:
+        if busy and len(self.queue) >= QUEUED_TURNS_MAX:
             raise TooManyQueued(QUEUED_TURNS_MAX)
         self.trigger_event(
             self.MessageSent,
@@ -144,6 +144,13 @@ class Conversation(Root):
         if busy:
             self.trigger_event(self.TurnQueued, turn_id=turn_id)
         return not busy
+
+    def interrupt(self) -> TurnId | None:
+        """Make room for a message that does not wait; those in the queue wait on. Returns the turn that must end now."""
+        turn_id = self.active_turn
+        if turn_id is not None:
+            self.trigger_event(self.TurnClosed, turn_id=turn_id, outcome="cancelled")
+        return turn_id
 
     def reply(
         self,

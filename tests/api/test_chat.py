@@ -63,6 +63,24 @@ async def test_a_conversation_goes_on_by_its_id_and_by_the_callers_own_name(ada:
     assert (unknown.status, unknown.json["code"]) == (404, "not_found")
 
 
+async def test_a_message_may_interrupt_the_one_that_is_being_answered(ada: Person) -> None:
+    gate = str(uuid4())
+    path, thread = f"/api/agents/{ada.agent}/chat/", {"conversation_id": "thread"}
+    body = {"message": f"[[gate {gate}]]", **thread}
+    async with ada.client.events("POST", path, {**body, "stream": True}, ada.agent_key) as events:
+        async for event in events:
+            if event.name == "token":
+                break
+        refused = await ada.ask(path, {"message": "me too", "when_busy": "reject", **thread})
+        answer = await ada.ask(path, {"message": "now", "when_busy": "interrupt", **thread})
+        last = [event async for event in events][-1]
+    ada.platform.model.open_gate(gate)
+    assert (refused.status, refused.json["code"]) == (409, "conversation_busy")
+    assert (answer.status, answer.json["response"]) == (200, "You said: now")
+    assert (last.name, last.data["code"]) == ("error", "request_cancelled")
+    assert (await ada.ask(path, {"message": "x", "when_busy": "shout"})).status == 400
+
+
 async def test_a_query_may_be_called_a_message(ada: Person) -> None:
     for path in (f"/api/agents/{ada.agent}/query/", "/api/v1/query"):
         for field in ("query", "message"):

@@ -527,7 +527,7 @@ async def test_what_is_kept_in_memory_equals_what_is_replayed(
                 conversation_id=chance.choice(conversations),
                 beginning="named",
                 name="thread",
-                when_busy=chance.choice(["queue", "reject"]),
+                when_busy=chance.choice(["queue", "reject", "interrupt"]),
             ),
             ChangeAgent(
                 tenant_id=owner.tenant_id,

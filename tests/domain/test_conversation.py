@@ -53,6 +53,16 @@ def test_who_does_not_want_to_wait_is_told_that_the_conversation_is_busy():
     given(started).when(sent(TURN_1, "reject")).then(Conversation.MessageSent)
 
 
+def test_who_interrupts_goes_ahead_of_those_that_wait():
+    busy = given(started, sent(TURN_1), sent(TURN_2))
+    when = busy.when(lambda conversation: conversation.interrupt())
+    when.then(Conversation.TurnClosed, active_turn=None, queue=[TURN_2]).then_returned(TURN_1)
+    busy.when(lambda conversation: conversation.interrupt(), sent(TURN_3, "interrupt")).then(
+        Conversation.TurnClosed, Conversation.MessageSent, active_turn=TURN_3, queue=[TURN_2]
+    )
+    given(started).when(lambda conversation: conversation.interrupt()).then().then_returned(None)
+
+
 def test_so_many_messages_may_wait():
     waiting = [sent(TurnId(UUID(int=1000 + n))) for n in range(QUEUED_TURNS_MAX)]
     before = given(started, sent(TURN_1), *waiting)

@@ -314,6 +314,20 @@ async def test_a_cancelled_turn_makes_room_for_the_next(staged: Staged) -> None:
     assert (await stage.told(second.turn_id)).story == ["Accepted", "CancellationRequested", "Cancelled"]
 
 
+async def test_a_message_may_take_the_place_of_the_one_that_is_being_answered(staged: Staged) -> None:
+    stage = await staged(ScriptedModels(one=[hangs], now=[says("at once")], two=[says("later")])).begin()
+    conversation_id = stage.owner.message().conversation_id
+    named: dict[str, Any] = {"conversation_id": conversation_id, "beginning": "named", "name": "thread"}
+    first, second = [await stage.send(content, **named) for content in ("one", "two")]
+    await until(lambda: is_asked(stage), "the first call")
+    urgent = await stage.send("now", when_busy="interrupt", **named)
+    assert (await stage.end_of(urgent.turn_id)).story == ANSWERED
+    assert (await stage.end_of(second.turn_id)).story == ANSWERED
+    cut = await stage.told(first.turn_id)
+    assert (cut.story[-1], cut.charged) == ("Cancelled", [])
+    assert replies(await stage.happened(), conversation_id) == ["one", "two", "now", "at once", "later"]
+
+
 # --- the past
 
 
