@@ -75,7 +75,7 @@ class Ending:
             await asyncio.wait(tasks, timeout=CANCEL_S)
 
     async def _watch_parent(self, pid: int) -> None:
-        while os.getppid() == pid:
+        while os.getppid() == pid:  # noqa: ASYNC110 - nothing tells a child
             await asyncio.sleep(PARENT_LOOK_S)
         log_of.warning("the supervisor is gone; ending")
         self._wanted.set()

@@ -115,12 +115,16 @@ async def migrate(dsn: str) -> None:
 
 
 @asynccontextmanager
-async def database(settings: Settings) -> AsyncIterator[str]:
-    """The DSN of the configured Postgres, or of the embedded one, which then runs as long as the block."""
+async def database(settings: Settings, connections: int | None = None) -> AsyncIterator[str]:
+    """The DSN of the configured Postgres, or of the embedded one, which then runs as long as the block.
+
+    `connections`: how many the embedded one takes, when many processes share it.
+    """
     if settings.database_url is not None:
         yield settings.database_url
         return
-    async with embedded_postgres(settings.data_dir) as dsn:
+    shared = {"max_connections": str(connections)} if connections else None
+    async with embedded_postgres(settings.data_dir, shared) as dsn:
         yield dsn
 
 

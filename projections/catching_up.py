@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 import psycopg
 from psycopg_pool import PoolTimeout
 
+from projections.catalogue import PROJECTIONS
 from projections.read_side import Deadline, Pool
 
 LOOK_FIRST_S, LOOK_MAX_S = 0.005, 0.05
 LOOK_LIMIT_S = 1.0
+VERSIONS = {projection.name: projection.version for projection in PROJECTIONS}
 _APPLIED = "SELECT min(positions[%s]) FROM checkpoint"
+_CHECKPOINTS = "SELECT projection, version, positions FROM checkpoint"
 
 
 class CheckpointWatch:
@@ -30,6 +34,27 @@ class CheckpointWatch:
         except (TimeoutError, psycopg.Error, PoolTimeout, OSError):
             return False
         return True
+
+    async def behind(self, heads: Mapping[int, int]) -> int | None:
+        """How many events the projection that is furthest behind has not applied; None while some are not built.
+
+        Raises:
+            psycopg.Error, PoolTimeout, OSError: the database failed.
+        """
+        async with self._pool.connection(timeout=LOOK_LIMIT_S) as connection:
+            with self._deadline(connection, LOOK_LIMIT_S):
+                try:
+                    rows = await (await connection.execute(_CHECKPOINTS)).fetchall()
+                except psycopg.errors.UndefinedTable:
+                    return None
+        live = {name: positions for name, version, positions in rows if VERSIONS.get(name) == version}
+        if len(live) < len(VERSIONS):
+            return None
+        lags: list[int] = [
+            sum(max(0, head - positions[shard]) for shard, head in heads.items())
+            for positions in live.values()
+        ]
+        return max(lags)
 
     async def _applied(self, shard: int) -> int:
         async with self._pool.connection(timeout=LOOK_LIMIT_S) as connection:

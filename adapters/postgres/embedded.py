@@ -78,18 +78,21 @@ class PostgresDidNotStart(EmbeddedPostgresFault):
 
 
 @asynccontextmanager
-async def embedded_postgres(data_dir: Path) -> AsyncIterator[str]:
+async def embedded_postgres(
+    data_dir: Path, settings: Mapping[str, str] | None = None
+) -> AsyncIterator[str]:
     """Run the embedded Postgres while the block runs, and give its connection URL.
 
     The folder is held against other processes. What an earlier life of the program left running is stopped
-    first, and a server that dies while the block runs is started again under the same URL.
+    first, and a server that dies while the block runs is started again under the same URL. `settings` come on top of
+    its usual ones.
 
     Raises:
         DataFolderUnusable, DataFolderTaken: see `held_by_this_process`.
         PostgresDidNotStart: the server cannot run on what is in the folder.
     """
     with held_by_this_process(data_dir):
-        server = PostgresServer(data_dir)
+        server = PostgresServer(data_dir, settings)
         watch: asyncio.Task[None] | None = None
         try:
             await asyncio.to_thread(server.start)

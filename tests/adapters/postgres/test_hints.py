@@ -43,7 +43,7 @@ async def running(*all_hints: Hints) -> AsyncIterator[None]:
 
 async def eventually(happened: Callable[[], bool], again: Callable[[], Any] = lambda: None) -> None:
     async with asyncio.timeout(PATIENCE_S):
-        while not happened():  # noqa: ASYNC110
+        while not happened():
             again()
             await asyncio.sleep(LOOK_S)
 
