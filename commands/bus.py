@@ -12,10 +12,10 @@ import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 from uuid import UUID, uuid4
 
 from eventsourcing.domain import AggregateEvent
@@ -69,7 +69,7 @@ LATEST = 2**31  # as a version to read: whatever the log has now, not what is in
 ACCEPTED = "accepted"
 
 AggregateT = TypeVar("AggregateT", bound=Root)
-Place = tuple[int, UUID]  # a stream: its shard and its id
+Place = tuple[int, int]  # of a stream: its shard and the number of its id
 Known = tuple[UUID | None, Root | None]  # whose an aggregate is, and the aggregate
 NOTHING: Known = None, None  # what does not exist
 
@@ -96,8 +96,27 @@ class Waiting:
     causation_id: UUID | None
     traceparent: str | None
     shard: int
-    future: asyncio.Future[Outcome]
     tried: int = 0  # the position its last event has if the append under way succeeds
+    outcome: Outcome | Exception | None = None
+    _callers: list[asyncio.Future[None]] = field(default_factory=list)
+
+    async def served(self) -> Outcome:
+        """Wait for its outcome. A caller that goes away does not take the command with it."""
+        if self.outcome is None:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._callers.append(future)
+            await future
+        if not isinstance(self.outcome, Outcome):
+            assert self.outcome is not None, "callers are told of an outcome"
+            raise self.outcome
+        return self.outcome
+
+    def serve(self, outcome: Outcome | Exception) -> None:
+        """Tell the callers what became of it."""
+        self.outcome = outcome
+        for caller in self._callers:
+            if not caller.done():
+                caller.set_result(None)
 
 
 @dataclass(slots=True)
@@ -124,7 +143,7 @@ class Bus:
         self._log, self._records, self.rules, self._clock = log, records, rules, clock
         self.on_commit = on_commit
         self._queue: deque[Waiting] = deque()
-        self._by_id: dict[CommandId, Waiting] = {}
+        self._by_id: dict[int, Waiting] = {}
         self._serving: asyncio.Task[None] | None = None
         self._saving: set[asyncio.Task[None]] = set()
         self._reading = asyncio.Lock()
@@ -154,7 +173,7 @@ class Bus:
         """
         id = CommandId(command_id or uuid4())
         digest = digest or sha256(encode_json(command)).digest()
-        already = self._by_id.get(id)
+        already = self._by_id.get(id.int)
         if already is not None:
             return await self._join(already, digest)
         if len(self._queue) >= WAITING_MAX:
@@ -168,14 +187,12 @@ class Bus:
             caused_by.event_id if caused_by else None,
             traceparent or (caused_by.traceparent if caused_by else None),
             shard_of(command.tenant_id),
-            asyncio.get_running_loop().create_future(),
         )
-        self._by_id[id] = waiting
+        self._by_id[id.int] = waiting
         self._queue.append(waiting)
         if self._serving is None or self._serving.done():
             self._serving = asyncio.create_task(self._serve_queue())
-        # A caller that goes away does not take the command with it.
-        return await asyncio.shield(waiting.future)
+        return await waiting.served()
 
     async def read(
         self, aggregate_class: type[AggregateT], id: UUID, tenant_id: UserId, version: int = 1
@@ -187,15 +204,15 @@ class Bus:
             LogUnavailable: it must be loaded and the log cannot be reached.
         """
         shard = shard_of(tenant_id)
-        owner, found = self._cache.get((shard, id), NOTHING)
+        owner, found = self._cache.get((shard, id.int), NOTHING)
         if found is None or found.version < version:
             async with self._reading:
                 synced = await self._log.sync({}, [(shard, id)])
                 owner, found = await self._loaded(shard, id, synced)
             # Only a view of the very head that the cache stands at may join it.
             if self._heads.setdefault(shard, synced.heads[shard]) == synced.heads[shard]:
-                self._remember((shard, id), owner, found)
-        if owner != tenant_id or not isinstance(found, aggregate_class):
+                self._remember((shard, id.int), owner, found)
+        if owner is None or owner.int != tenant_id.int or not isinstance(found, aggregate_class):
             raise NotFound(noun_of(aggregate_class))
         return found
 
@@ -220,7 +237,7 @@ class Bus:
     async def _join(self, already: Waiting, digest: bytes) -> Outcome:
         if already.digest != digest:
             raise IdempotencyKeyReused("This key was used before for another request.")
-        outcome = await asyncio.shield(already.future)
+        outcome = await already.served()
         return Outcome(outcome.result, outcome.shard, outcome.position, seen=True)
 
     async def _serve_queue(self) -> None:
@@ -232,12 +249,12 @@ class Bus:
                 log_of.exception("a group of %d commands failed", len(group))
                 _fail(group, bug)
             for waiting in group:
-                self._by_id.pop(waiting.command_id, None)
+                self._by_id.pop(waiting.command_id.int, None)
 
     async def _serve(self, group: Sequence[Waiting]) -> None:
         until = time.monotonic() + INSIST_S
         for attempt in range(TRIES_MAX):
-            group = [waiting for waiting in group if not waiting.future.done()]
+            group = [waiting for waiting in group if waiting.outcome is None]
             if not group:
                 return None
             try:
@@ -318,7 +335,7 @@ class Bus:
             (waiting.shard, id)
             for waiting in group
             for id in waiting.command.reads()
-            if (waiting.shard, id) not in self._cache or waiting.shard not in self._heads
+            if (waiting.shard, id.int) not in self._cache or waiting.shard not in self._heads
         }
         wanted |= {
             (waiting.shard, waiting.command_id)
@@ -339,36 +356,39 @@ class Bus:
                     wanted.add((waiting.shard, missing.stream_id))
                 except Exception as bug:
                     log_of.exception("the handler of %s failed", type(waiting.command).__name__)
-                    waiting.future.set_exception(bug)
+                    waiting.serve(bug)
             if careful:
-                begun = ((one.waiting.shard, id) for one in decided for id in _begun(one.write))
-                wanted |= {place for place in begun if place not in self._cache}
+                wanted |= {
+                    (one.waiting.shard, root.id)
+                    for one in decided
+                    for root in _begun(one.write)
+                    if (one.waiting.shard, root.id.int) not in self._cache
+                }
             if not wanted:
                 return decided
-            group = [waiting for waiting in group if not waiting.future.done()]
+            group = [waiting for waiting in group if waiting.outcome is None]
         raise RuntimeError(f"handlers still ask for streams after {ROUNDS_MAX} rounds: {wanted}")
 
     def _decide_one(self, waiting: Waiting, overlay: dict[Place, Known], now: datetime) -> Decided:
         command, shard = waiting.command, waiting.shard
+        tenant_id = command.tenant_id
 
         def known(id: UUID) -> Root | None:
-            found = overlay.get((shard, id)) or self._cache.get((shard, id))
-            if found is None:
-                raise NotLoaded(id)
-            return found[1] if found[0] == command.tenant_id else None
+            place = shard, id.int
+            owner, root = overlay.get(place) or self._cache.get(place) or _not_loaded(id)
+            return root if owner is not None and owner.int == tenant_id.int else None
 
-        write = WriteSide(
-            known, self.rules, now, waiting.command_id, waiting.actor, waiting.shard, command.tenant_id
-        )
+        write = WriteSide(known, self.rules, now, waiting.command_id, waiting.actor, shard, tenant_id)
         try:
             result = HANDLERS[type(command)](command, write) or {}
-            for id in _begun(write):
-                place = shard, id
+            for root in _begun(write):
+                place = shard, root.id.int
                 if place in overlay or self._cache.get(place, NOTHING)[1] is not None:
-                    raise AlreadyExists(noun_of(type(write.touched[id])))
+                    raise AlreadyExists(noun_of(type(root)))
         except Refusal as refusal:
             return Decided(waiting, write, {}, refusal)
-        overlay.update({(shard, id): (command.tenant_id, root) for id, root in write.touched.items()})
+        for number, root in write.touched.items():
+            overlay[shard, number] = tenant_id, root
         return Decided(waiting, write, result, None)
 
     async def _load(
@@ -386,14 +406,14 @@ class Bus:
                 self._heads[shard] = head
             await self._follow(synced.newer)
             for shard, stream_id in wanted:
-                self._remember((shard, stream_id), *await self._loaded(shard, stream_id, synced))
+                self._remember((shard, stream_id.int), *await self._loaded(shard, stream_id, synced))
             self._stale -= shards
 
     async def _follow(self, newer: Sequence[StoredEvent]) -> None:
         """Bring cached aggregates up to date with what other processes wrote."""
-        followed = [row for row in newer if (row.shard, row.stream_id) in self._cache]
+        followed = [row for row in newer if (row.shard, row.stream_id.int) in self._cache]
         for record in await self._records.open(followed):
-            place = record.shard, record.stream_id
+            place = record.shard, record.stream_id.int
             root = self._cache[place][1]
             root = root.fork() if root is not None else None
             self._cache[place] = record.tenant_id, record.event.mutate(root)
@@ -461,25 +481,20 @@ class Bus:
             self._heads[record.shard] = record.position
         if records:
             self._tell(records)
-        for one, row in zip(sorted(decided, key=lambda one: one.waiting.shard), batch.commands, strict=True):
-            if one.waiting.future.done():
-                continue
-            if one.refusal is not None:
-                one.waiting.future.set_exception(one.refusal)
-                one.waiting.future.exception()  # a caller that has gone away is no reason for a warning
-            else:
-                one.waiting.future.set_result(Outcome(one.result, row.shard, row.position, seen=False))
+        for one in decided:
+            waiting = one.waiting
+            waiting.serve(one.refusal or Outcome(one.result, waiting.shard, waiting.tried, seen=False))
 
     def _keep_decided(self, one: Decided) -> None:
         shard, tenant_id = one.waiting.shard, one.waiting.command.tenant_id
-        for id, root in one.write.touched.items():
+        for number, root in one.write.touched.items():
             if snapshots.is_due(root, len(root.pending_events)):
                 self._keep(snapshots.taken(root, shard, tenant_id))
             root.pending_events.clear()
             if isinstance(root, Turn) and root.outcome is not None:
-                self._cache.pop((shard, id), None)  # an ended turn is rarely asked for again
+                self._cache.pop((shard, number), None)  # an ended turn is rarely asked for again
             else:
-                self._remember((shard, id), tenant_id, root)
+                self._remember((shard, number), tenant_id, root)
 
     def _tell(self, records: Sequence[AnyRecord]) -> None:
         try:
@@ -506,35 +521,34 @@ class Bus:
             self._forget(shard)
 
 
-def _begun(write: WriteSide) -> list[UUID]:
-    """The streams that a handler began."""
-    return [
-        id
-        for id, root in write.touched.items()
-        if root.pending_events and root.pending_events[0].originator_version == 1
-    ]
+def _not_loaded(id: UUID) -> NoReturn:
+    raise NotLoaded(id)
+
+
+def _begun(write: WriteSide) -> list[Root]:
+    """The aggregates that a handler began."""
+    return [root for root in write.touched.values() if root.version == len(root.pending_events) > 0]
 
 
 def _fail(group: Sequence[Waiting], failure: Exception) -> None:
     for waiting in group:
-        if not waiting.future.done():
-            waiting.future.set_exception(failure)
-            waiting.future.exception()
+        if waiting.outcome is None:
+            waiting.serve(failure)
 
 
 def _answer(waiting: Waiting, row: CommandRow) -> None:
     """Serve a command with the outcome it was given before."""
-    if waiting.future.done():
+    if waiting.outcome is not None:
         return
     if row.digest != waiting.digest:
-        waiting.future.set_exception(IdempotencyKeyReused("This key was used before for another request."))
+        waiting.serve(IdempotencyKeyReused("This key was used before for another request."))
     elif row.outcome == ACCEPTED:
         # A position is given out once: what stands there is this very command, whose answer was lost.
         ours = row.position != 0 and row.position == waiting.tried
-        waiting.future.set_result(Outcome(decode_json(row.result), row.shard, row.position, seen=not ours))
+        waiting.serve(Outcome(decode_json(row.result), row.shard, row.position, seen=not ours))
     else:
         refusal = decode_json(row.result)
-        waiting.future.set_exception(RefusedBefore(row.outcome, refusal["sentence"], refusal["facts"]))
+        waiting.serve(RefusedBefore(row.outcome, refusal["sentence"], refusal["facts"]))
 
 
 def _event_row(waiting: Waiting, position: int, event: AggregateEvent, sealed: Sealed) -> StoredEvent:

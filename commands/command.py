@@ -80,17 +80,17 @@ class WriteSide:
         self._known = known
         self.rules, self.now, self.command_id, self.actor = rules, now, command_id, actor
         self._shard, self._tenant_id = shard, tenant_id
-        self.touched: dict[UUID, Root] = {}
-        self.due_changes: dict[UUID, DueChange] = {}
+        self.touched: dict[int, Root] = {}  # by the number of its id
+        self.due_changes: dict[int, DueChange] = {}
 
     def find(self, aggregate_class: type[AggregateT], id: UUID) -> AggregateT | None:
         """The aggregate, to decide on; None when its stream does not exist or holds something else."""
-        found = self.touched.get(id)
+        found = self.touched.get(id.int)
         if found is None:
             known = self._known(id)
             if known is None:
                 return None
-            found = self.touched[id] = known.fork()
+            found = self.touched[id.int] = known.fork()
         return found if isinstance(found, aggregate_class) else None
 
     def get(self, aggregate_class: type[AggregateT], id: UUID) -> AggregateT:
@@ -106,16 +106,18 @@ class WriteSide:
 
     def add(self, aggregate: AggregateT) -> AggregateT:
         """Take a new aggregate in; its stream must not exist."""
-        self.touched[aggregate.id] = aggregate
+        self.touched[aggregate.id.int] = aggregate
         return aggregate
 
     def due(self, kind: DueKind, id: UUID, stream_id: UUID, at: datetime, claimed_by: str = "") -> None:
         """Have somebody look after `id` at that time, even if nobody hears of this command's events."""
-        self.due_changes[id] = DueChange(self._shard, kind, id, stream_id, self._tenant_id, at, claimed_by)
+        self.due_changes[id.int] = DueChange(
+            self._shard, kind, id, stream_id, self._tenant_id, at, claimed_by
+        )
 
     def done(self, kind: DueKind, id: UUID, stream_id: UUID) -> None:
         """Nobody needs to look after `id` any more."""
-        self.due_changes[id] = DueChange(self._shard, kind, id, stream_id, self._tenant_id, None, "")
+        self.due_changes[id.int] = DueChange(self._shard, kind, id, stream_id, self._tenant_id, None, "")
 
     def new_events(self) -> list[AggregateEvent]:
         """What was decided, aggregate by aggregate in the order in which they were touched."""

@@ -7,7 +7,10 @@ fields are typed wherever records are handled (docs/adr/0003).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from dataclasses import fields
+from functools import cache
+from operator import attrgetter
+from typing import TYPE_CHECKING, Annotated, Any, Self
 from uuid import UUID
 
 from eventsourcing.domain import AggregateCreated, AggregateEvent, BaseAggregate
@@ -25,34 +28,59 @@ class Root(BaseAggregate[UUID]):
 
         class_version = 1
 
+    if not TYPE_CHECKING:
+        # As the library's own, but read without a Python call each: there are dozens in every command.
+        version = property(attrgetter("_version"), BaseAggregate.version.fset)
+        pending_events = property(attrgetter("_pending_events"))
+
     @classmethod
     def begin(cls, created: type[AggregateCreated], id: UUID, **facts: Any) -> Self:
         """A new aggregate with the given id and its first event pending."""
         return cls._create(created, id=id, **facts)
 
-    def trigger_event(self, event_class: type[Any], **facts: Any) -> None:
+    def trigger_event(self, event_class: type[AggregateEvent], **facts: Any) -> None:  # type: ignore[override]
         """Record a fact and apply it.
 
-        As the library's own, without looking up the event's topic anew each time: every class that can be triggered
-        here is declared in its aggregate, which registers it once.
+        As the library's own, for events only, without looking up the event's topic anew each time (every class that
+        can be triggered here is declared in its aggregate, which registers it once) and without proving that it is the
+        next event of this very aggregate, which it is.
         """
-        event = event_class(
-            originator_id=self._id,
-            originator_version=self._version + 1,
-            timestamp=event_class.create_timestamp(),
-            **facts,
-        )
-        event.mutate(self)
+        version, now = self._version + 1, event_class.create_timestamp()
+        envelope: dict[str, Any] = {
+            "originator_id": self._id,
+            "originator_version": version,
+            "timestamp": now,
+        }
+        if facts.keys() == _facts_of(event_class):
+            # What the event's `__init__` would do, which sets the fields of a frozen dataclass one by one.
+            event = object.__new__(event_class)
+            event.__dict__.update(envelope, **facts)
+        else:
+            event = event_class(**envelope, **facts)
+        event.apply(self)
+        self._version, self._modified_on = version, now
         self._pending_events.append(event)
 
     def fork(self) -> Self:
         """A copy to decide on: its containers are copied one level deep, its pending events are its own."""
         twin = object.__new__(type(self))
         state = twin.__dict__
+        state.update(self.__dict__)
         for name, value in self.__dict__.items():
-            state[name] = value.copy() if type(value) in (dict, list, set) else value
+            if type(value) in _COPIED:
+                state[name] = value.copy()
         twin._pending_events = []  # what the original has decided is the original's to record
         return twin
+
+
+_COPIED = frozenset({dict, list, set})
+
+
+@cache
+def _facts_of(event_class: type[AggregateEvent]) -> frozenset[str]:
+    """The names of all fields of an event but the envelope's."""
+    names = {field.name for field in fields(event_class)}
+    return frozenset(names - {"originator_id", "originator_version", "timestamp"})
 
 
 Created = AggregateCreated
