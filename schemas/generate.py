@@ -1,7 +1,8 @@
-"""JSON Schemas of the events' public payloads, written to schemas/events: what consumers build on.
+"""JSON Schemas of the events as the log has them, written to schemas/events.
 
-`python -m schemas.generate` writes them; it refuses a change that consumers, or the log itself, would not survive
-unless the event type has a new version. The schema of an old version stays.
+`python -m schemas.generate` writes them, and those of what is published (`schemas.public_forms`). It refuses a change
+that consumers, or the log itself, would not survive unless the event type has a new version. The schema of an old
+version stays.
 """
 
 from __future__ import annotations
@@ -33,10 +34,7 @@ def schema_of(kind: EventType) -> dict[str, Any]:
         else (name, hints[name], declared[name].default)
         for name in kind.public
     ]
-    payload = msgspec.defstruct(kind.name, members, kw_only=True)
-    (schema,), definitions = msgspec.json.schema_components([payload], ref_template="#/$defs/{name}")
-    own = definitions.pop(schema["$ref"].rpartition("/")[2])
-    _name_instants([own, *definitions.values()])
+    own, definitions = as_schema(kind.name, members)
     about = (kind.event_class.__doc__ or "").partition("\n")[0]
     return {
         "$schema": DIALECT,
@@ -44,10 +42,19 @@ def schema_of(kind: EventType) -> dict[str, Any]:
         **own,
         "title": kind.name,
         **({"description": about} if about and not about.startswith(f"{kind.event_class.__name__}(") else {}),
-        **({"$defs": dict(sorted(definitions.items()))} if definitions else {}),
+        **({"$defs": definitions} if definitions else {}),
         "x-version": kind.version,
         "x-personal": list(kind.personal),
     }
+
+
+def as_schema(name: str, members: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON Schema of an object with these members, (name, type) or (name, type, default), and its definitions."""
+    payload = msgspec.defstruct(name, members, kw_only=True)
+    (schema,), definitions = msgspec.json.schema_components([payload], ref_template="#/$defs/{name}")
+    own = definitions.pop(schema["$ref"].rpartition("/")[2])
+    _name_instants([own, *definitions.values()])
+    return own, dict(sorted(definitions.items()))
 
 
 def _name_instants(schemas: Sequence[dict[str, Any]]) -> None:
@@ -128,19 +135,25 @@ def written(schema: Json) -> str:
 
 def generate(folder: Path = FOLDER) -> list[str]:
     """Bring the folder up to date; returns what stands against it, and then writes nothing."""
+    return bring_up_to_date({file_of(kind, folder): schema_of(kind) for kind in EVENT_TYPES.values()})
+
+
+def bring_up_to_date(current: Mapping[Path, Json]) -> list[str]:
+    """Write each schema to its file; returns what stands against it, and then writes nothing."""
     faults: list[str] = []
-    current = {file_of(kind, folder): schema_of(kind) for kind in EVENT_TYPES.values()}
     for file, schema in current.items():
         if file.exists():
             broken = incompatibilities(json.loads(file.read_text("utf-8")), schema)
             faults += [f"{schema['title']}: {each}; give it a new version and an upcaster" for each in broken]
     if not faults:
-        folder.mkdir(exist_ok=True)
         for file, schema in current.items():
+            file.parent.mkdir(exist_ok=True)
             file.write_text(written(schema), "utf-8")
     return faults
 
 
 if __name__ == "__main__":
-    if reasons := generate():
+    from schemas import public_forms
+
+    if reasons := generate() + public_forms.generate():
         sys.exit("\n".join(reasons))

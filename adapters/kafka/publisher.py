@@ -1,0 +1,187 @@
+"""Messages on public topics, by an idempotent producer.
+
+Whatever is not acknowledged yet is kept, in order. When the producer fails, for example because the broker was away
+for longer than it waits, another one begins with the oldest of it: so each message is published at least once, and no
+message is published for the first time before an earlier one with the same topic and key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+
+from domain.ports import PublicMessage
+
+log_of = logging.getLogger(__name__)
+
+MESSAGES_MAX = 5_000  # not acknowledged yet
+SEND_S = 30.0  # what taking one message may last, its topic's metadata included
+FLUSH_S = 5.0  # what is waited for in the end
+PAUSE_FIRST_S, PAUSE_MAX_S = 0.1, 2.0
+TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
+
+OpenProducer = Callable[[], AbstractAsyncContextManager[AIOKafkaProducer]]
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """What was given at once: how many of it are not acknowledged yet, and who waits for that."""
+
+    left: int
+    acknowledged: asyncio.Future[None]
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    message: PublicMessage
+    batch: _Batch
+
+
+class KafkaPublisher:
+    """Implements `domain.ports.Publisher`; see `kafka_publisher`."""
+
+    def __init__(self, open_producer: OpenProducer) -> None:
+        self._open_producer = open_producer
+        self._numbers = 0
+        self._unacknowledged: OrderedDict[int, _Entry] = OrderedDict()
+        self._unsent: deque[int] = deque()
+        self._gate = asyncio.Lock()
+        self._given, self._ebbed = asyncio.Event(), asyncio.Event()
+        self._bug: BaseException | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Messages that the broker has not acknowledged yet."""
+        return len(self._unacknowledged)
+
+    async def send(self, messages: Sequence[PublicMessage]) -> Awaitable[None]:
+        """As in `Publisher`; a message larger than the broker takes fails what was given with it."""
+        if self._bug is not None:
+            raise self._bug
+        batch = _Batch(len(messages), asyncio.get_running_loop().create_future())
+        # The lock is fair: who waits for room is served in order.
+        async with self._gate:
+            while len(self._unacknowledged) >= MESSAGES_MAX:
+                self._ebbed.clear()
+                await self._ebbed.wait()
+            for message in messages:
+                self._numbers += 1
+                self._unacknowledged[self._numbers] = _Entry(message, batch)
+                self._unsent.append(self._numbers)
+            self._given.set()
+        if not messages:
+            batch.acknowledged.set_result(None)
+        return batch.acknowledged
+
+    async def run(self) -> None:
+        """Publish what is given, until cancelled."""
+        pause_s = PAUSE_FIRST_S
+        while True:
+            try:
+                async with self._open_producer() as producer:
+                    pause_s = PAUSE_FIRST_S
+                    await self._feed(producer)
+            except (KafkaError, OSError, TimeoutError) as failure:
+                log_of.warning("%d messages wait for the broker: %r", self.waiting, failure)
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, PAUSE_MAX_S)
+
+    async def flush(self, timeout_s: float) -> None:
+        """Wait until everything is acknowledged, or no longer than that."""
+        waited_for = {entry.batch.acknowledged for entry in self._unacknowledged.values()}
+        if waited_for:
+            await asyncio.wait(waited_for, timeout=timeout_s)
+
+    def ended(self, running: asyncio.Task[None]) -> None:
+        """Nobody publishes what is left: say so to whoever waits."""
+        self._bug = None if running.cancelled() else running.exception()
+        for entry in self._unacknowledged.values():
+            if self._bug is None:
+                entry.batch.acknowledged.cancel()
+            elif not entry.batch.acknowledged.done():
+                entry.batch.acknowledged.set_exception(self._bug)
+
+    # --- one producer's life
+
+    async def _feed(self, producer: AIOKafkaProducer) -> None:
+        """Send everything that is not acknowledged, and what comes, until the producer fails."""
+        failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unsent = deque(self._unacknowledged)
+        sending = asyncio.ensure_future(self._send_all(producer, failed))
+        try:
+            ended, _ = await asyncio.wait({sending, failed}, return_when=asyncio.FIRST_COMPLETED)
+            for each in ended:
+                each.result()
+        finally:
+            sending.cancel()
+            failed.cancel()
+
+    async def _send_all(self, producer: AIOKafkaProducer, failed: asyncio.Future[None]) -> None:
+        while True:
+            while self._unsent:
+                number = self._unsent.popleft()
+                entry = self._unacknowledged.get(number)
+                if entry is not None:
+                    await self._send_one(producer, failed, number, entry.message)
+            self._given.clear()
+            await self._given.wait()
+
+    async def _send_one(
+        self, producer: AIOKafkaProducer, failed: asyncio.Future[None], number: int, message: PublicMessage
+    ) -> None:
+        try:
+            async with asyncio.timeout(SEND_S):
+                delivery = await producer.send(
+                    message.topic, message.value, message.key.encode(), headers=list(message.headers)
+                )
+        except TOO_LARGE as failure:
+            self._give_up(number, failure)
+            return
+        delivery.add_done_callback(lambda done: self._delivered(number, done, failed))
+
+    def _delivered(self, number: int, delivery: Any, failed: asyncio.Future[None]) -> None:
+        failure = ConnectionError("closed") if delivery.cancelled() else delivery.exception()
+        if failure is None:
+            entry = self._remove(number)
+            if entry is not None:
+                entry.batch.left -= 1
+                if entry.batch.left == 0 and not entry.batch.acknowledged.done():
+                    entry.batch.acknowledged.set_result(None)
+        elif isinstance(failure, TOO_LARGE):
+            self._give_up(number, failure)
+        elif not failed.done():
+            failed.set_exception(failure)
+            failed.exception()
+
+    def _give_up(self, number: int, failure: BaseException) -> None:
+        entry = self._remove(number)
+        if entry is not None and not entry.batch.acknowledged.done():
+            entry.batch.acknowledged.set_exception(failure)
+
+    def _remove(self, number: int) -> _Entry | None:
+        entry = self._unacknowledged.pop(number, None)
+        if len(self._unacknowledged) < MESSAGES_MAX:
+            self._ebbed.set()
+        return entry
+
+
+@asynccontextmanager
+async def kafka_publisher(open_producer: OpenProducer) -> AsyncIterator[KafkaPublisher]:
+    """A publisher for as long as the block; in the end it waits for what is under way."""
+    publisher = KafkaPublisher(open_producer)
+    running = asyncio.create_task(publisher.run())
+    running.add_done_callback(publisher.ended)
+    try:
+        yield publisher
+        await publisher.flush(FLUSH_S)
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
