@@ -18,6 +18,7 @@ from typing import Any
 from domain.plans import Limits
 from oshaani import shapes
 from oshaani.shapes import SettingsInvalid, Shape, bracketed
+from schemas.topics import PRIVATE_PARTITIONS
 
 __all__ = [
     "TABLE",
@@ -33,6 +34,8 @@ CONFIG_VARIABLE = "OSHAANI_CONFIG"
 CONFIG_FILE = "oshaani.toml"
 ROOT_DATA_DIR = Path("/var/lib/oshaani")
 OPENAI_URL = "https://api.openai.com/v1"
+KAFKA_LOGIN = ("kafka_sasl_username", "kafka_sasl_password")
+KAFKA_CERTIFICATES = ("kafka_ssl_ca_file", "kafka_ssl_cert_file", "kafka_ssl_key_file")
 ENVIRONMENT, DEFAULT, DERIVED, UNSET = "environment", "default", "derived", "not set"
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where such a server is reached
 
@@ -57,6 +60,14 @@ class Settings:
     data_dir: Path
     database_url: str | None = field(repr=False)
     kafka_bootstrap_servers: tuple[str, ...]
+    kafka_partitions: int
+    kafka_security_protocol: str
+    kafka_sasl_mechanism: str
+    kafka_sasl_username: str | None
+    kafka_sasl_password: str | None = field(repr=False)
+    kafka_ssl_ca_file: Path | None
+    kafka_ssl_cert_file: Path | None
+    kafka_ssl_key_file: Path | None
     ollama_url: str
     openai_base_url: str | None
     openai_api_key: str | None = field(repr=False)
@@ -134,6 +145,53 @@ TABLE: tuple[Setting, ...] = (
         shapes.BROKERS,
         "Kafka brokers; without them everything runs in one process.",
         "",
+    ),
+    Setting(
+        "kafka_partitions",
+        ("OSHAANI_KAFKA_PARTITIONS",),
+        shapes.PARTITIONS,
+        "Partitions of the private topics that `oshaani topics apply` makes. They stay as they were made.",
+        str(PRIVATE_PARTITIONS),
+    ),
+    Setting(
+        "kafka_security_protocol",
+        ("KAFKA_SECURITY_PROTOCOL",),
+        shapes.SECURITY_PROTOCOL,
+        "How brokers are spoken to: encrypted (SSL), with a login (SASL), both, or neither.",
+        "PLAINTEXT",
+    ),
+    Setting(
+        "kafka_sasl_mechanism",
+        ("KAFKA_SASL_MECHANISM",),
+        shapes.SASL_MECHANISM,
+        "How a login at Kafka is proved.",
+        "PLAIN",
+    ),
+    Setting("kafka_sasl_username", ("KAFKA_SASL_USERNAME",), shapes.TEXT, "User at Kafka."),
+    Setting(
+        "kafka_sasl_password",
+        ("KAFKA_SASL_PASSWORD",),
+        shapes.TEXT,
+        "Password of that user.",
+        masked=shapes.hidden,
+    ),
+    Setting(
+        "kafka_ssl_ca_file",
+        ("KAFKA_SSL_CA_FILE",),
+        shapes.CERTIFICATE,
+        "Certificates (PEM) that brokers are trusted by; without it those of this system.",
+    ),
+    Setting(
+        "kafka_ssl_cert_file",
+        ("KAFKA_SSL_CERT_FILE",),
+        shapes.CERTIFICATE,
+        "Our own certificate (PEM), where brokers ask for one.",
+    ),
+    Setting(
+        "kafka_ssl_key_file",
+        ("KAFKA_SSL_KEY_FILE",),
+        shapes.CERTIFICATE,
+        "The key of our own certificate (PEM, without a password).",
     ),
     Setting(
         "ollama_url",
@@ -260,6 +318,9 @@ TABLE: tuple[Setting, ...] = (
 )
 
 
+_SETTINGS = {setting.field: setting for setting in TABLE}
+
+
 def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
     """Read everything from `environment` (this process's by default) and the file it or the folder names.
 
@@ -291,6 +352,7 @@ class _Reading:
         for setting in TABLE:
             self.values[setting.field] = self._value(setting)
         self._check_master_key()
+        self._check_kafka()
         if self.faults:
             raise SettingsInvalid(self.faults)
         self._derive()
@@ -357,6 +419,41 @@ class _Reading:
                 "OSHAANI_DATA_DIR is missing and there is no HOME to choose it from; "
                 f"for example OSHAANI_DATA_DIR={shapes.FOLDER.example}"
             )
+
+    def _check_kafka(self) -> None:
+        """A login and a certificate each need all their parts, and a protocol that uses them."""
+        protocol = self.values["kafka_security_protocol"]
+        if protocol is None:
+            return  # It was said, and is wrong.
+        said = {name for name in KAFKA_LOGIN + KAFKA_CERTIFICATES if self.said[name][1] != UNSET}
+        if protocol.startswith("SASL_"):
+            self._need(KAFKA_LOGIN, said, f"with KAFKA_SECURITY_PROTOCOL={protocol}")
+        else:
+            self._refuse(KAFKA_LOGIN, said, "a login", "SASL_SSL")
+        if not protocol.endswith("SSL"):
+            self._refuse(KAFKA_CERTIFICATES, said, "encryption", "SSL or SASL_SSL")
+        elif own := said.intersection(KAFKA_CERTIFICATES[1:]):
+            self._need(KAFKA_CERTIFICATES[1:], said, f"with {self._variable(own.pop())}")
+
+    def _need(self, fields: tuple[str, ...], said: set[str], why: str) -> None:
+        for name in fields:
+            if name not in said:
+                variable, shape = self._variable(name), _SETTINGS[name].shape
+                self.faults.append(
+                    f"{variable} is missing: {why} it must be set, to {shape.text}; for example {variable}={shape.example}"
+                )
+
+    def _refuse(self, fields: tuple[str, ...], said: set[str], without: str, protocols: str) -> None:
+        for name in fields:
+            if name in said:
+                self.faults.append(
+                    f"{self._variable(name)} has no effect without {without}; set KAFKA_SECURITY_PROTOCOL to {protocols}, "
+                    "or unset it"
+                )
+
+    @staticmethod
+    def _variable(name: str) -> str:
+        return _SETTINGS[name].names[0]
 
     def _derive(self) -> None:
         """Fill in what follows from other settings."""

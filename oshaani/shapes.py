@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from domain import money
+from domain.ids import SHARDS
 from domain.plans import Limits, plans_with
 
 MASK = "********"
@@ -24,8 +25,11 @@ OLLAMA_PORT = 11434
 SECONDS_MAX = 86_400.0
 SESSION_DAYS_MAX = 3650
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+SECURITY_PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
+SASL_MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 _HOST = re.compile(r"[A-Za-z0-9._:-]+")
+_TEXT = re.compile(r"[^\x00-\x1f\x7f]+")
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _REGION = re.compile(r"[a-z]{2,4}(-[a-z]+)+-\d")
 _MODEL = re.compile(r"[a-z0-9_-]+:\S+")
@@ -130,6 +134,21 @@ def _brokers(text: str) -> tuple[str, ...]:
     return brokers
 
 
+def _partitions(text: str) -> int:
+    if SHARDS % (partitions := _whole(text, 1, SHARDS)):
+        raise ValueError(text)
+    return partitions
+
+
+def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text.upper() not in names:
+            raise ValueError(text)
+        return text.upper()
+
+    return read
+
+
 def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
     return tuple(ip_network(part) for part in _listed(text))
 
@@ -194,6 +213,15 @@ DATABASE_URL = Shape(
     _database_url,
 )
 BROKERS = Shape("host:port, separated by commas", "127.0.0.1:9092", _brokers)
+PARTITIONS = Shape(
+    f"a number that divides {SHARDS} evenly: 1, 2, 4, 8, 16 or 32",
+    "8",
+    _partitions,
+)
+SECURITY_PROTOCOL = Shape(f"one of {', '.join(SECURITY_PROTOCOLS)}", "SASL_SSL", _one_of(SECURITY_PROTOCOLS))
+SASL_MECHANISM = Shape(f"one of {', '.join(SASL_MECHANISMS)}", "SCRAM-SHA-512", _one_of(SASL_MECHANISMS))
+TEXT = Shape("printable characters", "oshaani", _matching(_TEXT))
+CERTIFICATE = Shape("a file", "/etc/oshaani/kafka.pem", _folder)
 OLLAMA_HOST = Shape("host, host:port or an http address", "127.0.0.1:11434", _ollama_host)
 TOKEN = Shape("printable characters without spaces", "a-long-random-text", _matching(_TOKEN))
 REGION = Shape("the name of an AWS region", "eu-central-1", _matching(_REGION))

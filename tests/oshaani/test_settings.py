@@ -50,6 +50,8 @@ def test_without_any_setting_the_program_runs_embedded_on_this_machine():
     assert settings.is_embedded
     assert (settings.host, settings.port, settings.base_url) == ("127.0.0.1", 8080, "http://127.0.0.1:8080")
     assert settings.kafka_bootstrap_servers == ()
+    assert (settings.kafka_security_protocol, settings.kafka_sasl_password) == ("PLAINTEXT", None)
+    assert settings.kafka_partitions == 8
     assert settings.ollama_url == "http://127.0.0.1:11434"
     assert settings.free_credits_ncr == 200 * 10**9
     assert settings.egress_allow == ()
@@ -295,3 +297,49 @@ def test_a_damaged_key_file_is_refused_and_left_alone(tmp_path: Path):
     with pytest.raises(SettingsInvalid, match="must hold 32 bytes in base64"):
         master_key(read(OSHAANI_DATA_DIR=str(tmp_path)))
     assert file.read_text() == "not a key\n"
+
+
+def test_a_login_at_kafka_is_read_and_its_password_never_shown():
+    settings = read(
+        KAFKA_SECURITY_PROTOCOL="sasl_ssl",
+        KAFKA_SASL_MECHANISM="scram-sha-512",
+        KAFKA_SASL_USERNAME="oshaani",
+        KAFKA_SASL_PASSWORD="open sesame",
+        KAFKA_SSL_CA_FILE="/etc/oshaani/ca.pem",
+        OSHAANI_KAFKA_PARTITIONS="32",
+    )
+    assert (settings.kafka_security_protocol, settings.kafka_sasl_mechanism) == ("SASL_SSL", "SCRAM-SHA-512")
+    assert (settings.kafka_sasl_username, settings.kafka_sasl_password) == ("oshaani", "open sesame")
+    assert settings.kafka_ssl_ca_file == Path("/etc/oshaani/ca.pem")
+    assert settings.kafka_partitions == 32
+    assert shown(settings)["KAFKA_SASL_PASSWORD"][0] == "********"
+    assert "sesame" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("environment", "fault"),
+    [
+        ({"KAFKA_SECURITY_PROTOCOL": "TLS"}, "must be one of PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL"),
+        ({"KAFKA_SASL_MECHANISM": "GSSAPI"}, "must be one of PLAIN, SCRAM-SHA-256, SCRAM-SHA-512"),
+        ({"OSHAANI_KAFKA_PARTITIONS": "12"}, "must be a number that divides 32 evenly"),
+        (
+            {"KAFKA_SECURITY_PROTOCOL": "SASL_SSL", "KAFKA_SASL_USERNAME": "oshaani"},
+            "KAFKA_SASL_PASSWORD is missing: with KAFKA_SECURITY_PROTOCOL=SASL_SSL it must be set",
+        ),
+        (
+            {"KAFKA_SECURITY_PROTOCOL": "SSL", "KAFKA_SSL_CERT_FILE": "/cert.pem"},
+            "KAFKA_SSL_KEY_FILE is missing: with KAFKA_SSL_CERT_FILE it must be set",
+        ),
+        (
+            {"KAFKA_SASL_USERNAME": "oshaani"},
+            "KAFKA_SASL_USERNAME has no effect without a login; set KAFKA_SECURITY_PROTOCOL to SASL_SSL",
+        ),
+        (
+            {"KAFKA_SSL_CA_FILE": "/ca.pem"},
+            "KAFKA_SSL_CA_FILE has no effect without encryption; set KAFKA_SECURITY_PROTOCOL to SSL or SASL_SSL",
+        ),
+    ],
+)
+def test_a_kafka_setting_that_cannot_be_is_named_with_the_fix(environment: dict[str, str], fault: str):
+    (said,) = faults(**environment)
+    assert fault in said
