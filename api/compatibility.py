@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import date
 from typing import Any
 
 Json = Mapping[str, Any]
 
 
-def breaks(before: Json, after: Json) -> list[str]:
-    """Every incompatible change, one sentence each; empty when old clients go on working."""
-    return [*_paths(before, after)]
+def breaks(before: Json, after: Json, today: date) -> list[str]:
+    """Every incompatible change, one sentence each; empty when old clients go on working.
+
+    An operation may be gone when its announced sunset (`x-sunset`) has passed.
+    """
+    return [*_paths(before, after, today)]
 
 
-def _paths(before: Json, after: Json) -> Iterator[str]:
+def _paths(before: Json, after: Json, today: date) -> Iterator[str]:
     for path, item in before["paths"].items():
         for method, operation in item.items():
             where = f"{method.upper()} {path}"
             later = after["paths"].get(path, {}).get(method)
             if later is None:
-                yield f"{where} is gone"
+                if operation.get("x-sunset", "9") > today.isoformat():
+                    yield f"{where} is gone"
                 continue
             yield from _operation(where, (before, operation), (after, later))
 

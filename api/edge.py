@@ -9,12 +9,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api import versions
 from api.bodies import check_text
 from api.call import Call, Shared
 from api.errors import Problem, problem_of
 
 log_of = logging.getLogger(__name__)
 
+_CURRENT = versions.CURRENT.encode()
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _ALWAYS = (
     (b"x-content-type-options", b"nosniff"),
@@ -41,16 +43,19 @@ class Edge:
             # Answered as GET; the server sends no body to whoever asked with HEAD, as its own scope still says.
             scope = {**scope, "method": "GET"}
         call = scope["oshaani"] = Call(scope, self._shared)
-        status = 0
+        status, version = 0, _CURRENT
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if notice := versions.DEPRECATED.get(getattr(scope.get("route"), "name", "")):
+                    call.headers.extend(notice.headers())
                 given = {name for name, _ in message["headers"]}
                 message["headers"] = [
                     *message["headers"],
                     *(each for each in _ALWAYS if each[0] not in given),
+                    (versions.HEADER, version),
                     *call.headers,
                     (b"x-request-id", call.request_id.encode()),
                     (b"traceresponse", call.traceparent.encode()),
@@ -58,8 +63,7 @@ class Edge:
             await send(message)
 
         try:
-            if "\x00" in path or b"%00" in scope.get("query_string", b""):
-                check_text("", "\x00")
+            version = _checked(scope, call)
             await self._app(scope, receive, send_with_headers)
         except Exception as failure:
             if status:
@@ -82,3 +86,11 @@ class Edge:
             )
             problem = Problem("internal_error", "Something went wrong on our side; it has been noted.")
         return problem.response(base_url, call.request_id, request.headers.get("accept", ""))
+
+
+def _checked(scope: Scope, call: Call) -> bytes:
+    """What can be wrong with any request; the version that it is served."""
+    if "\x00" in scope["path"] or b"%00" in scope.get("query_string", b""):
+        check_text("", "\x00")
+    asked = call.header(versions.HEADER)
+    return _CURRENT if asked is None else versions.version_for(asked).encode()

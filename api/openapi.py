@@ -17,6 +17,7 @@ from api.errors import CODES
 from api.idempotency import once
 from api.principals import calling_agent, calling_anyone, calling_user
 from api.samples import SAMPLES
+from api.versions import DEPRECATED, VERSIONS
 
 DESCRIPTION = (
     "Create, train, publish and talk to AI agents. Every path works with and without its trailing slash. Amounts are "
@@ -66,6 +67,14 @@ PARAMETERS: dict[str, Any] = {
         "required": False,
         "schema": {"type": "string", "pattern": "^[0-9]{1,2}:[0-9]{1,18}$"},
         "description": "Wait up to 2 s until what is at this position (`Oshaani-Position`) can be read.",
+    },
+    "Version": {
+        "name": "Oshaani-Version",
+        "in": "header",
+        "required": False,
+        "schema": {"type": "string", "format": "date"},
+        "description": "The form of the API that you were written for; answers name the one they have.",
+        "example": VERSIONS[0],
     },
     "LastEventId": {
         "name": "Last-Event-ID",
@@ -173,8 +182,10 @@ def _operation(route: APIRoute, operation: dict[str, Any]) -> dict[str, Any]:
         parameters.append({"$ref": "#/components/parameters/MinPosition"})
     if route.name == "follow_request":
         parameters.append({"$ref": "#/components/parameters/LastEventId"})
-    if not parameters:
-        del operation["parameters"]
+    parameters.append({"$ref": "#/components/parameters/Version"})
+    if notice := DEPRECATED.get(route.name):
+        operation["deprecated"] = True
+        operation["x-sunset"] = notice.sunset_at.date().isoformat()
     _add_problems(route, operation, bool(security), changes)
     _add_sample(route.name, operation)
     return operation
@@ -243,8 +254,7 @@ def _add_problems(route: APIRoute, operation: dict[str, Any], secured: bool, cha
         statuses |= {404}
     if changes:
         statuses |= {400, 409, 413, 415, 422, 429}
-    if operation.get("parameters"):
-        statuses |= {400}
+    statuses |= {400}
     if _takes_if_match(route):
         statuses |= {412}
     statuses |= {"log_in": {401}, "get_metrics": {403}}.get(route.name, set())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.api.platform import Platform
 SNAPSHOT = Path(__file__).parents[2] / "schemas" / "openapi.json"
 REGENERATE = "OSHAANI_WRITE_SNAPSHOTS=1 .venv/bin/python -m pytest tests/api/test_openapi.py"
 Document = dict[str, Any]
+TODAY = date(2026, 6, 1)
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_the_live_document_is_the_published_one(document: Document) -> None:
     if os.environ.get("OSHAANI_WRITE_SNAPSHOTS"):
         SNAPSHOT.write_text(json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
     published = json.loads(SNAPSHOT.read_text())
-    broken = breaks(published, document)
+    broken = breaks(published, document, TODAY)
     assert not broken, "old clients would break:\n" + "\n".join(broken)
     assert document == published, f"if the change is meant, write schemas/openapi.json anew: {REGENERATE}"
 
@@ -148,14 +150,22 @@ def test_a_lost_operation_is_a_break(
         del place[path[-1]]
     else:
         place[path[-1]] = change
-    assert [found for found in breaks(document, after) if sentence in found]
+    assert [found for found in breaks(document, after, TODAY) if sentence in found]
+
+
+def test_an_operation_may_go_when_its_announced_end_has_passed(document: Document) -> None:
+    before, after = copy.deepcopy(document), copy.deepcopy(document)
+    del after["paths"][CHAT]
+    for sunset, gone in (("2026-05-31", []), ("2026-06-02", [f"POST {CHAT} is gone"])):
+        before["paths"][CHAT]["post"]["x-sunset"] = sunset
+        assert breaks(before, after, TODAY) == gone
 
 
 def test_a_field_less_in_an_answer_or_more_needed_in_a_request_is_a_break(document: Document) -> None:
     after = copy.deepcopy(document)
     del after["components"]["schemas"]["ChatAnswer"]["properties"]["iterations"]
     after["components"]["schemas"]["ChatBody"]["required"].append("conversation_id")
-    found = "\n".join(breaks(document, after))
+    found = "\n".join(breaks(document, after, TODAY))
     assert "has no 'iterations' any more" in found
     assert "needs 'conversation_id' now" in found
 
@@ -165,4 +175,4 @@ def test_more_of_everything_breaks_nobody(document: Document) -> None:
     after["paths"]["/api/new"] = after["paths"][CHAT]
     after["components"]["schemas"]["ChatAnswer"]["properties"]["cost"] = {"type": "string"}
     after["components"]["schemas"]["ChatBody"]["properties"]["tone"] = {"type": "string"}
-    assert breaks(document, after) == []
+    assert breaks(document, after, TODAY) == []
