@@ -24,18 +24,18 @@ SEGMENT_S_MAX = DAY_S
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One topic. `retention_s` is None where the latest record of each key is kept for ever (`compacted`)."""
+    """One topic. `retention_s` is None where the latest record of each key is kept for ever (`compacted`).
+
+    `by_shard`: its partition follows from the shard, so the number of partitions is for ever. `public`: others read it.
+    """
 
     name: str
     partitions: int
     retention_s: int | None
     compacted: bool
     description: str
-
-    @property
-    def is_by_shard(self) -> bool:
-        """Whether its partition follows from the shard, so that its number of partitions is fixed when it is made."""
-        return self.name == LOG.name or self.name in _WORK_NAMES
+    by_shard: bool = False
+    public: bool = False
 
     @property
     def settings(self) -> dict[str, str]:
@@ -51,7 +51,7 @@ class Topic:
             "retention.ms": str(self.retention_s * 1000),
             "segment.ms": str(segment_s * 1000),
             # Kept from the moment it was written here: what is written again from the log stays as long as what is new.
-            "message.timestamp.type": "CreateTime" if self.name in _PUBLIC_NAMES else "LogAppendTime",
+            "message.timestamp.type": "CreateTime" if self.public else "LogAppendTime",
         }
 
 
@@ -79,7 +79,6 @@ _NOUNS = {
     "identity": "Users and keys made, changed and removed.",
     "command": "What was asked, and what became of it.",
 }
-_WORK_NAMES = frozenset(map(_work_name, PROCESSORS))
 
 LOG = Topic(
     f"{PREFIX}log.v1",
@@ -87,6 +86,7 @@ LOG = Topic(
     7 * DAY_S,
     False,
     "Every row of the log, by shard and in order; private, with sealed personal parts.",
+    by_shard=True,
 )
 TURN_STREAM = Topic(
     f"{PREFIX}turn.stream.v1",
@@ -97,23 +97,29 @@ TURN_STREAM = Topic(
 )
 PUBLIC: Mapping[str, Topic] = MappingProxyType(
     {
-        noun: Topic(f"{PREFIX}{noun}.events.v1", PUBLIC_PARTITIONS, 30 * DAY_S, False, description)
+        noun: Topic(
+            f"{PREFIX}{noun}.events.v1", PUBLIC_PARTITIONS, 30 * DAY_S, False, description, public=True
+        )
         for noun, description in _NOUNS.items()
     }
 )
-_PUBLIC_NAMES = frozenset(topic.name for topic in PUBLIC.values())
 AGENT_STATE = Topic(
-    f"{PREFIX}agent.state.v1", PUBLIC_PARTITIONS, None, True, "The latest state of each agent."
+    f"{PREFIX}agent.state.v1", PUBLIC_PARTITIONS, None, True, "The latest state of each agent.", public=True
 )
 CREDIT_BALANCE = Topic(
-    f"{PREFIX}credit.balance.v1", PUBLIC_PARTITIONS, None, True, "The latest balance of each account."
+    f"{PREFIX}credit.balance.v1",
+    PUBLIC_PARTITIONS,
+    None,
+    True,
+    "The latest balance of each account.",
+    public=True,
 )
 
 
 def work_topic(processor: str) -> Topic:
     """The records that one processor handles, and no others."""
     description = f"The rows of the log that {processor} handles; private."
-    return Topic(_work_name(processor), PRIVATE_PARTITIONS, DAY_S, False, description)
+    return Topic(_work_name(processor), PRIVATE_PARTITIONS, DAY_S, False, description, by_shard=True)
 
 
 def group_of(processor: str) -> str:
@@ -126,6 +132,9 @@ def dead_letters(topic: str, group: str) -> Topic:
     description = f"What {group} could not handle of {topic}; private."
     return Topic(f"{topic}.{group}.dlq", 1, 30 * DAY_S, False, description)
 
+
+READ_BY: Mapping[str, str] = MappingProxyType({group_of(each): _work_name(each) for each in PROCESSORS})
+"""Each group of ours, and the topic it reads."""
 
 TOPICS: tuple[Topic, ...] = (
     LOG,
@@ -147,7 +156,7 @@ def divided(topics: Iterable[Topic], partitions: int) -> tuple[Topic, ...]:
     """
     if partitions < 1 or SHARDS % partitions:
         raise ValueError(f"{partitions!r} partitions do not divide {SHARDS} shards evenly")
-    return tuple(replace(each, partitions=partitions) if each.is_by_shard else each for each in topics)
+    return tuple(replace(each, partitions=partitions) if each.by_shard else each for each in topics)
 
 
 def partition_of(shard: int, partitions: int) -> int:
