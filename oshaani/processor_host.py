@@ -1,8 +1,9 @@
 """Processors in this process, fed by the log itself: no broker.
 
 Records are handed over as they are committed; what other processes write, and what a restart left over, is read from
-the log. A record is finished when all its handlers are; the cursor saved is that of the contiguous finished prefix, so
-after a kill everything unfinished is delivered again, which the processors are made for.
+the log. A record is finished when all its processors are done with it, or have parked its stream; the cursor saved is
+that of the contiguous finished prefix, so after a kill everything unfinished is delivered again, which the processors
+are made for.
 """
 
 from __future__ import annotations
@@ -12,22 +13,24 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from commands.bus import Overloaded
 from domain.crash_points import crash_point
-from domain.event_log import EventLog, LogUnavailable
+from domain.event_log import EventLog, LogUnavailable, StoredEvent
 from domain.ids import SHARDS
+from domain.parked import ParkedRecords
 from schemas.records import AnyRecord, Record, Records, Unreadable
-from stream_processors.processor import Handler, Processor, Work, handlers_of
+from stream_processors.keyed_pool import Source
+from stream_processors.processor import Processor, Work
+from stream_processors.runner import Delivery, Runner, Supplies
 
 log_of = logging.getLogger(__name__)
 
 READER: Final = "processors"
 PAGE = 500  # records read at once
-BACKLOG_MAX = 2_000  # records of the log being handled at once while catching up
+BACKLOG_MAX = 2_000  # records taken from the log and not finished; beyond it, the log is read no further
 POLL_S = 0.25  # how late what other processes wrote may be noticed
 SAVE_S = 0.5  # how often the cursor is saved; what is redelivered after a kill
-ATTEMPTS_MAX = 6
-BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.1, 5.0
+OUTAGE_S = 0.5
+DRAIN_S = 1.0  # what handlers get to come to their end
 
 
 class ProcessorHost:
@@ -39,47 +42,61 @@ class ProcessorHost:
         records: Records,
         processors: Sequence[Processor],
         work: Work,
-        on_foreign: Callable[[Sequence[AnyRecord]], None] = lambda records: None,
+        parked: ParkedRecords,
     ) -> None:
-        self._log, self._records, self._work = log, records, work
-        self.on_foreign = on_foreign  # is told of what was read from the log, mostly what others wrote
-        self._handlers = handlers_of(processors)
+        self._log, self._records = log, records
+        # Is told of what was read from the log, mostly what others wrote.
+        self.on_foreign: Callable[[Sequence[AnyRecord]], None] = lambda records: None
+        supplies = Supplies(work, log, records, parked)
+        source: Source[Delivery] = Source(self._finished_one)
+        self._runners = [Runner(each, supplies, _shard, source) for each in processors]
+        self._wanted: dict[type, list[Runner]] = {}
+        for runner in self._runners:
+            for event_class in runner.processor.handlers:
+                self._wanted.setdefault(event_class, []).append(runner)
         self._seen: dict[int, int] = {}
-        self._unfinished: dict[int, dict[int, int]] = {shard: {} for shard in range(SHARDS)}
         self._saved: dict[int, int] = {}
-        self._wake = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.poisoned: dict[tuple[int, int], str] = {}
+        self._wake, self._room = asyncio.Event(), asyncio.Event()
 
     def offer(self, records: Sequence[AnyRecord]) -> None:
         """Take records just committed by this process; out of sequence ones are fetched from the log instead."""
         for record in records:
             seen = self._seen.get(record.shard)
-            if seen is None or record.position > seen + 1:
+            if seen is None or record.position > seen + 1 or self.unfinished >= BACKLOG_MAX:
                 self._wake.set()
             elif record.position == seen + 1:
                 self._deliver(record)
 
     async def run(self) -> None:
         """Catch up from the saved cursor, then follow the log until cancelled."""
-        while not self._seen:
+        while not self._saved:
             try:
                 cursor = await self._log.cursor(READER)
-                self._seen = {shard: cursor.get(shard, 0) for shard in range(SHARDS)}
-                self._saved = dict(self._seen)
             except LogUnavailable as failure:
                 log_of.warning("the processors wait for the log: %s", failure)
-                await asyncio.sleep(BACKOFF_MAX_S / 10)
+                await asyncio.sleep(OUTAGE_S)
+                continue
+            for runner in self._runners:
+                runner.assign(set(range(SHARDS)))
+            self._saved = {shard: cursor.get(shard, 0) for shard in range(SHARDS)}
+            self._seen = dict(self._saved)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow())
             group.create_task(self._save())
+            for runner in self._runners:
+                group.create_task(runner.attend())
 
     async def drain(self) -> None:
-        """Save how far all has come; called after the handlers have been given time to finish."""
+        """Begin nothing more, let handlers come to their end, and save how far all has come."""
+        await asyncio.gather(*(runner.pool.drain(DRAIN_S) for runner in self._runners))
         try:
             await self._save_once()
         except LogUnavailable as failure:
             log_of.warning("the processors' cursor was not saved: %s", failure)
+
+    async def abandon(self) -> None:
+        """End everything where it stands; nothing is saved."""
+        await asyncio.gather(*(runner.pool.drain(0.0) for runner in self._runners))
 
     def lag(self, heads: dict[int, int]) -> int:
         """Records of the log not finished yet, those that were not even read included."""
@@ -87,8 +104,13 @@ class ProcessorHost:
 
     @property
     def unfinished(self) -> int:
-        """Records delivered and not finished yet."""
-        return sum(map(len, self._unfinished.values()))
+        """Records delivered and not finished yet, counted for each processor that has to do with them."""
+        return sum(runner.pool.pending for runner in self._runners)
+
+    @property
+    def poisoned(self) -> int:
+        """Streams that wait for an operator, counted for each processor that cannot go on with them."""
+        return sum(runner.parked_count for runner in self._runners)
 
     # --- reading
 
@@ -97,11 +119,10 @@ class ProcessorHost:
             try:
                 rows = await self._log.read_after(self._seen, PAGE)
                 # No processor reads personal text from a record; whoever needs it asks for it.
-                for record in await self._records.open_some(rows, personal=()):
+                opened = await self._records.open_some(rows, personal=())
+                for row, record in zip(rows, opened, strict=True):
                     if record.position == self._seen[record.shard] + 1:
-                        self._take(record)
-                        if isinstance(record, Record):
-                            self.on_foreign((record,))
+                        self._take(row, record)
                 if len(rows) == PAGE:
                     await self._ebb()
                     continue
@@ -113,62 +134,39 @@ class ProcessorHost:
             except TimeoutError:
                 pass
             self._wake.clear()
+            await self._ebb()
 
     async def _ebb(self) -> None:
-        while len(self._tasks) > BACKLOG_MAX:
-            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        while self.unfinished >= BACKLOG_MAX:
+            self._room.clear()
+            await self._room.wait()
 
     # --- handling
 
-    def _take(self, record: AnyRecord | Unreadable) -> None:
-        if isinstance(record, Unreadable):
-            # A newer program wrote it: left for one that knows it, everything else flows.
-            log_of.error("the processors cannot read %s: %s", record.type, record.error)
-            self._seen[record.shard] = record.position
-            self._unfinished[record.shard][record.position] = 1
-            self.poisoned[record.shard, record.position] = repr(record.error)
-        else:
+    def _take(self, row: StoredEvent, record: AnyRecord | Unreadable) -> None:
+        if isinstance(record, Record):
             self._deliver(record)
+            self.on_foreign((record,))
+            return
+        # A newer program wrote it: parked by those whom it may concern, everything else flows.
+        self._seen[row.shard] = row.position
+        for runner in self._runners:
+            if runner.wants(row.type):
+                runner.submit(row.shard, row.position, Delivery.of_row(row, record))
 
     def _deliver(self, record: AnyRecord) -> None:
         self._seen[record.shard] = record.position
-        handlers = self._handlers.get(type(record.event))
-        if handlers is None:
-            return
-        self._unfinished[record.shard][record.position] = len(handlers)
-        for handler in handlers:
-            task = asyncio.create_task(self._handle(handler, record))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        for runner in self._wanted.get(type(record.event), ()):
+            runner.submit(record.shard, record.position, Delivery.of_record(record))
 
-    async def _handle(self, handler: Handler, record: AnyRecord) -> None:
-        attempt, pause_s = 1, BACKOFF_FIRST_S
-        while True:
-            try:
-                await handler(record, self._work)
-                break
-            except (LogUnavailable, Overloaded):
-                pass  # not the record's fault: try for as long as it takes
-            except Exception as failure:
-                log_of.exception("%s failed on %s", handler.__name__, record.type)
-                if attempt == ATTEMPTS_MAX:
-                    # Left unfinished: shown as poisoned, delivered again after a restart; everything else flows.
-                    self.poisoned[record.shard, record.position] = repr(failure)
-                    return
-                attempt += 1
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, BACKOFF_MAX_S)
-        unfinished = self._unfinished[record.shard]
-        unfinished[record.position] -= 1
-        if unfinished[record.position] == 0:
-            del unfinished[record.position]
+    def _finished_one(self, delivery: Delivery) -> None:
+        self._room.set()
 
     # --- the cursor
 
     def _finished(self, shard: int) -> int:
-        unfinished = self._unfinished[shard]
-        # Positions are delivered in ascending order, so the first key is the lowest.
-        return next(iter(unfinished)) - 1 if unfinished else self._seen.get(shard, 0)
+        firsts = [runner.pool.first_pending(shard) for runner in self._runners]
+        return min((first - 1 for first in firsts if first is not None), default=self._seen.get(shard, 0))
 
     async def _save(self) -> None:
         while True:
@@ -185,3 +183,8 @@ class ProcessorHost:
             await self._log.save_cursor(READER, changed)
             self._saved.update(changed)
             crash_point("cursor.saved")
+
+
+def _shard(shard: int) -> int:
+    """Each shard is a partition of its own."""
+    return shard

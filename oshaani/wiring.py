@@ -129,6 +129,17 @@ async def database(settings: Settings, connections: int | None = None) -> AsyncI
 
 
 @asynccontextmanager
+async def open_log(dsn: str) -> AsyncIterator[PostgresEventLog]:
+    """The log, while the block runs."""
+    log = PostgresEventLog(dsn)
+    await log.open()
+    try:
+        yield log
+    finally:
+        await log.close()
+
+
+@asynccontextmanager
 async def core_of(settings: Settings, dsn: str, *, projecting: bool = True) -> AsyncIterator[Core]:
     """The core of a process, on a database that `migrate` has prepared.
 
@@ -137,9 +148,7 @@ async def core_of(settings: Settings, dsn: str, *, projecting: bool = True) -> A
     key = master_key(settings)
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(open_pool(dsn, READ_CONNECTIONS))
-        log = PostgresEventLog(dsn)
-        await log.open()
-        stack.push_async_callback(log.close)
+        log = await stack.enter_async_context(open_log(dsn))
         ring = key_ring.PostgresKeyRing(pool, key)
         records = Records(ring, FileObjectStore(settings.data_dir / "objects"))
         rules = Rules(settings.plans, settings.free_credits_ncr, settings.turn_deadline_s)
@@ -237,7 +246,8 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
         means = await stack.enter_async_context(means_of(core))
         feed = MemoryTurnFeed()
         work = work_of(core, means, "embedded", feed)
-        host = ProcessorHost(core.log, core.records, PROCESSORS, work)
+        parked = parked_records.PostgresParkedRecords(core.pool)
+        host = ProcessorHost(core.log, core.records, PROCESSORS, work, parked)
         server = await stack.enter_async_context(server_of(core, means, feed, lambda: _ready(core, host)))
         metrics = PlatformMetrics(server.metrics, lambda: _queues(core, host, work))
 
@@ -279,7 +289,7 @@ def _queues(core: Core, host: ProcessorHost, work: Work) -> dict[str, int]:
         "processors": host.unfinished,
         "read_models": _events_behind(core),
         "calls": len(work.running),
-        "poisoned": len(host.poisoned),
+        "poisoned": host.poisoned,
     }
 
 
@@ -289,9 +299,9 @@ async def _ready(core: Core, host: ProcessorHost) -> Sequence[Check]:
     except LogUnavailable as failure:
         return [Check("database", False, str(failure))]
     lag, waiting = _events_behind(core), host.lag(heads)
-    poisoned = len(host.poisoned)
     return [
         Check("database", True),
         Check("read models", lag <= LAG_MAX, f"{lag} events behind"),
-        Check("processors", poisoned == 0, f"{waiting} records in work, {poisoned} poisoned"),
+        # A parked stream is an operator's affair, and stops no other.
+        Check("processors", True, f"{waiting} records in work, {host.poisoned} poisoned"),
     ]

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 log_of = logging.getLogger(__name__)
 
+COMPLAIN_S = 1.0  # how often an outage is logged
 CANCEL_S = 5.0  # what a handler that was cancelled may take to come to its end
 
 T = TypeVar("T")
@@ -89,9 +90,13 @@ class KeyedPool(Generic[T]):
         limits: Limits | None = None,
     ) -> None:
         self._handle, self._give_up = handle, give_up
-        self._source, self._limits = source or Source[T](), limits or Limits()
+        self._source: Source[T] = source or Source()
+        self._limits = limits or Limits()
         self._slots = asyncio.Semaphore(self._limits.running)
         self._partitions: dict[Hashable, _Partition[T]] = {}
+        self.pending = 0  # items taken and not acknowledged yet
+        self._left: dict[Hashable, int] = {}  # the first that was never acknowledged of partitions given up
+        self._complained_s = -COMPLAIN_S
 
     # --- partitions
 
@@ -99,8 +104,12 @@ class KeyedPool(Generic[T]):
         """Take items of these partitions from now on; those already ours are left as they are."""
         for name in partitions:
             ours = self._partitions.get(name)
-            if ours is None or ours.closing.is_set():
-                self._partitions[name] = _Partition(name)
+            if ours is not None and not ours.closing.is_set():
+                continue
+            if ours is not None:
+                self._forget(ours)
+            self._partitions[name] = _Partition(name)
+            self._left.pop(name, None)
 
     async def revoke(self, partitions: Iterable[Hashable], grace_s: float) -> int:
         """Give partitions up: begin nothing more, let handlers under way end within `grace_s`, cancel the others.
@@ -118,9 +127,7 @@ class KeyedPool(Generic[T]):
         while (late := {task for partition in leaving for task in partition.tasks}) and loop.time() < until_s:
             await asyncio.wait(late, timeout=until_s - loop.time(), return_when=asyncio.FIRST_COMPLETED)
         for partition in leaving:
-            partition.gone = True
-            if self._partitions.get(partition.name) is partition:
-                del self._partitions[partition.name]
+            self._forget(partition)
         for task in late:
             task.cancel()
         if late and (await asyncio.wait(late, timeout=CANCEL_S))[1]:
@@ -141,6 +148,7 @@ class KeyedPool(Generic[T]):
         ours.last = position
         item = _Item(key, payload, position)
         ours.queue.append(item)
+        self.pending += 1
         self._chain(ours, item)
         if len(ours.queue) >= self._limits.pending and not ours.full:
             ours.full = True
@@ -166,21 +174,31 @@ class KeyedPool(Generic[T]):
         """Those that are ours."""
         return set(self._partitions)
 
-    @property
-    def pending(self) -> int:
-        """Items taken and not acknowledged yet."""
-        return sum(len(each.queue) for each in self._partitions.values())
-
     def first_pending(self, partition: Hashable) -> int | None:
-        """The lowest position of a partition that is not acknowledged; None when nothing waits."""
+        """The lowest position of a partition that is not acknowledged; None when nothing waits.
+
+        Of a partition that was revoked, what was left then.
+        """
         ours = self._partitions.get(partition)
-        return ours.queue[0].position if ours is not None and ours.queue else None
+        if ours is None:
+            return self._left.get(partition)
+        return ours.queue[0].position if ours.queue else None
 
     def oldest(self) -> list[T]:
         """What each partition's prefix waits for."""
         return [each.queue[0].payload for each in self._partitions.values() if each.queue]
 
     # --- inside
+
+    def _forget(self, partition: _Partition[T]) -> None:
+        if partition.gone:
+            return
+        partition.gone = True
+        self.pending -= len(partition.queue)
+        if partition.queue and (first := partition.queue[0].position) is not None:
+            self._left[partition.name] = first
+        if self._partitions.get(partition.name) is partition:
+            del self._partitions[partition.name]
 
     def _chain(self, partition: _Partition[T], item: _Item[T], *, first: bool = False) -> None:
         chain = partition.chains.get(item.key)
@@ -227,7 +245,7 @@ class KeyedPool(Generic[T]):
                     self._finish(partition, item)
                 return later
             except self._limits.patient as failure:
-                log_of.warning("%s: waiting, %r", partition.name, failure)
+                self._complain(partition, failure)
             except Exception as failure:
                 item.attempts += 1
                 if isinstance(failure, Hopeless) or item.attempts >= self._limits.attempts:
@@ -282,6 +300,13 @@ class KeyedPool(Generic[T]):
             pause_s = min(pause_s * 2, self._limits.backoff_max_s)
         self._finish(partition, item)
 
+    def _complain(self, partition: _Partition[T], failure: Exception) -> None:
+        # Every item under way meets the same outage.
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._complained_s >= COMPLAIN_S:
+            self._complained_s = now_s
+            log_of.warning("%s: waiting, %r", partition.name, failure)
+
     async def _is_revoked_within(self, partition: _Partition[T], pause_s: float) -> bool:
         try:
             async with asyncio.timeout(pause_s * random.uniform(0.5, 1.0)):  # noqa: S311 - so that not all come back at once
@@ -295,6 +320,7 @@ class KeyedPool(Generic[T]):
         partition.tokens.discard(item.token)
         queue = partition.queue
         while queue and queue[0].finished and not partition.gone:
+            self.pending -= 1
             self._source.acknowledge(queue.popleft().payload)
         if partition.full and len(queue) <= self._limits.pending // 2:
             partition.full = False

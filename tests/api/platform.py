@@ -25,6 +25,7 @@ from adapters.egress.client import ANY_PORT, EgressClient
 from adapters.memory.identity import MemoryKeyUses, MemoryLogins, MemorySessions
 from adapters.memory.key_ring import MemoryKeyRing
 from adapters.memory.object_store import MemoryObjectStore
+from adapters.memory.parked_records import MemoryParkedRecords
 from adapters.memory.turn_feed import MemoryTurnFeed
 from adapters.memory.vault import MemoryVault
 from adapters.passwords import Argon2Passwords
@@ -216,7 +217,8 @@ def _parts(log: Breakable, pool: Pool, closing: AsyncExitStack, base_url: str) -
     secrets = DerivedWebhookSecrets(MASTER_KEY)
     out = WayOut(log, records, door, secrets)
     work = Work("tests/1", bus, model, toolbox, history, feed, utc_now, 30.0, out=out)
-    host = ProcessorHost(log, records, (agent_turns, tool_calls, credit_debits, notifications), work)
+    processors = (agent_turns, tool_calls, credit_debits, notifications)
+    host = ProcessorHost(log, records, processors, work, MemoryParkedRecords())
     sweeper = Sweeper(log, work)
     numbers = count(1)
     closing.push_async_callback(egress.close)

@@ -20,7 +20,8 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("commands.turn.PICKUP", timedelta(seconds=0.15))
     monkeypatch.setattr("oshaani.processor_host.SAVE_S", 0.02)
     monkeypatch.setattr("oshaani.processor_host.POLL_S", 0.02)
-    monkeypatch.setattr("oshaani.processor_host.BACKOFF_FIRST_S", 0.01)
+    monkeypatch.setattr("stream_processors.runner.BACKOFF_FIRST_S", 0.01)
+    monkeypatch.setattr("stream_processors.runner.ASK_S", 0.02)
     for name, seconds in {
         "BEAT_S": 0.05,
         "DEAD_AFTER_S": 0.4,

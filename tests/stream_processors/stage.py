@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from adapters.memory.event_log import MemoryEventLog
+from adapters.memory.parked_records import MemoryParkedRecords
 from adapters.memory.turn_feed import MemoryTurnFeed
 from commands.bus import Bus
 from commands.command import Rules
@@ -39,7 +40,7 @@ from schemas.records import AnyRecord, Records
 from stream_processors.agent_turns import agent_turns
 from stream_processors.credit_debits import credit_debits
 from stream_processors.history import ConversationHistory
-from stream_processors.processor import Work, handlers_of
+from stream_processors.processor import Processor, Work, handlers_of
 from stream_processors.sweeper import Sweeper
 from stream_processors.tool_calls import tool_calls
 from tests.commands.write_side import BY, Owner, account, known, memory_records, rules, signed_up
@@ -161,14 +162,16 @@ class Tools:
 class Worker:
     """One process: its bus, its processors, its sweeper. Each part can be left out, or killed."""
 
-    def __init__(self, stage: Stage, name: str, bus: Bus, model_timeout_s: float) -> None:
+    def __init__(
+        self, stage: Stage, name: str, bus: Bus, model_timeout_s: float, processors: Sequence[Processor]
+    ) -> None:
         self.bus = bus
         self.feed = MemoryTurnFeed()
         self.history = ConversationHistory(stage.log, stage.records)
         self.work = Work(
             name, bus, stage.models, stage.tools, self.history, self.feed, bus._clock, model_timeout_s
         )
-        self.host = ProcessorHost(stage.log, stage.records, PROCESSORS, self.work)
+        self.host = ProcessorHost(stage.log, stage.records, processors, self.work, stage.parked)
         self.sweeper = Sweeper(stage.log, self.work)
         self.tasks: list[asyncio.Task[None]] = []
         self.heard: list[AnyRecord] = []
@@ -193,7 +196,8 @@ class Worker:
         """As kill -9 does: everything ends where it stands, and nothing is written any more."""
         self.delivers = False
         running = [running.task for running in self.work.running.values()]
-        tasks = [*self.tasks, *running, *self.host._tasks, *self.sweeper._tasks]
+        await self.host.abandon()
+        tasks = [*self.tasks, *running, *self.sweeper._tasks]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -207,14 +211,18 @@ class Stage:
         self.models, self.tools = models, Tools(*tools)
         self.log = MemoryEventLog(lambda: datetime.now(UTC))
         self.records: Records = memory_records()
+        self.parked = MemoryParkedRecords()
         self.workers: list[Worker] = []
         self.owner: Owner
         self.sent: list[TurnId] = []
         self.settings: Rules = rules()
 
-    def worker(self, name: str = "", model_timeout_s: float = 5.0) -> Worker:
+    def worker(
+        self, name: str = "", model_timeout_s: float = 5.0, processors: Sequence[Processor] = PROCESSORS
+    ) -> Worker:
         bus = Bus(self.log, self.records, self.settings)
-        worker = Worker(self, name or f"slot{len(self.workers)}/{uuid4()}", bus, model_timeout_s)
+        name = name or f"slot{len(self.workers)}/{uuid4()}"
+        worker = Worker(self, name, bus, model_timeout_s, processors)
         self.workers.append(worker)
         return worker
 

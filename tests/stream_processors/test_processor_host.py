@@ -12,16 +12,19 @@ from uuid import uuid4
 import pytest
 
 from adapters.memory.event_log import MemoryEventLog
+from adapters.memory.parked_records import MemoryParkedRecords
 from commands.bus import Bus
 from commands.credit_account import ChangePlan
 from domain.credit_account import CreditAccount
 from domain.event_log import Batch, LogUnavailable
-from domain.ids import UserId, shard_of
-from oshaani.processor_host import ATTEMPTS_MAX, PAGE, READER, ProcessorHost
+from domain.ids import UserId, account_of, shard_of
+from domain.parked import Asked
+from oshaani.processor_host import PAGE, READER, ProcessorHost
 from schemas.records import AnyRecord
 from stream_processors.processor import Processor
+from stream_processors.runner import ATTEMPTS_MAX
 from tests.commands.write_side import BY, Owner, memory_records, rules, signed_up
-from tests.peers.log_rows import stored
+from tests.peers.log_rows import stored, tenant_on
 from tests.stream_processors.stage import PATIENCE_S, until
 
 Handle = Callable[[AnyRecord], Any]
@@ -32,7 +35,7 @@ class Hosted:
     """A log, a bus that writes to it, and hosts whose processor notes the plans it was told of."""
 
     def __init__(self) -> None:
-        self.log, self.records = MemoryEventLog(), memory_records()
+        self.log, self.records, self.parked = MemoryEventLog(), memory_records(), MemoryParkedRecords()
         self.bus = Bus(self.log, self.records, rules())
         self.told: list[int] = []
         self.before: Handle = lambda record: None
@@ -52,19 +55,20 @@ class Hosted:
             self.told.append(record.position)
 
         work: Any = None
-        return ProcessorHost(self.log, self.records, (plans,), work)
+        return ProcessorHost(self.log, self.records, (plans,), work, self.parked)
 
     def start(self, host: ProcessorHost) -> asyncio.Task[None]:
         task = asyncio.create_task(host.run())
         self.tasks.append(task)
         return task
 
-    async def change(self, count: int, bus: Bus | None = None) -> list[int]:
+    async def change(self, count: int, bus: Bus | None = None, owner: Owner | None = None) -> list[int]:
         """So many changes of plan; their positions."""
+        tenant_id = (owner or self.owner).tenant_id
         positions = []
         for _ in range(count):
             outcome = await (bus or self.bus).execute(
-                ChangePlan(tenant_id=self.owner.tenant_id, plan=next(self.plans)), by=BY
+                ChangePlan(tenant_id=tenant_id, plan=next(self.plans)), by=BY
             )
             positions.append(outcome.position)
         return positions
@@ -93,6 +97,13 @@ async def saved(hosted: Hosted, position: int) -> None:
         return cursor.get(shard_of(hosted.owner.tenant_id)) == position
 
     await until(is_saved, f"the cursor at {position}")
+
+
+async def until_poisoned(host: ProcessorHost, count: int) -> None:
+    async def is_poisoned() -> bool:
+        return host.poisoned == count
+
+    await until(is_poisoned, f"{count} parked streams")
 
 
 async def test_records_are_handled_as_they_are_committed(hosted: Hosted) -> None:
@@ -152,7 +163,9 @@ async def test_a_new_host_goes_on_where_the_last_one_had_finished(hosted: Hosted
 
 
 async def test_what_was_not_finished_is_delivered_again_after_a_restart(hosted: Hosted) -> None:
-    first, *rest = await hosted.change(4)
+    other = await signed_up(hosted.bus, tenant_on(shard_of(hosted.owner.tenant_id)))
+    (first,) = await hosted.change(1)
+    rest = await hosted.change(3, owner=other)
     stuck = asyncio.Event()
     hosted.before = lambda record: stuck.wait() if record.position == first else None
     host = hosted.host()
@@ -160,16 +173,38 @@ async def test_what_was_not_finished_is_delivered_again_after_a_restart(hosted: 
     await hosted.hears(rest)
     assert host.lag(await hosted.log.heads()) == 4
     task.cancel()
-    for handler in host._tasks:
-        handler.cancel()
+    await host.abandon()
     hosted.before = lambda record: None
     hosted.start(hosted.host())
     await hosted.hears([first])
     assert Counter(hosted.told) == Counter([first, *rest, *rest])
 
 
-async def test_a_record_that_cannot_be_handled_stops_no_other(hosted: Hosted) -> None:
+async def test_what_was_begun_may_end_when_the_host_does(hosted: Hosted) -> None:
+    positions = await hosted.change(2)
+    go = asyncio.Event()
+    began = asyncio.Event()
+
+    async def wait(record: AnyRecord) -> None:
+        began.set()
+        await go.wait()
+
+    hosted.before = wait
+    host = hosted.host()
+    hosted.start(host)
+    await began.wait()
+    draining = asyncio.create_task(host.drain())
+    await asyncio.sleep(0)
+    go.set()
+    await draining
+    assert hosted.told == positions[:1]
+    await saved(hosted, positions[0])
+
+
+async def test_a_record_that_cannot_be_handled_parks_its_stream_and_no_other(hosted: Hosted) -> None:
+    other = await signed_up(hosted.bus, tenant_on(shard_of(hosted.owner.tenant_id)))
     positions = await hosted.change(5)
+    others = await hosted.change(2, owner=other)
     tries: Counter[int] = Counter()
 
     def fail_one(record: AnyRecord) -> None:
@@ -180,20 +215,53 @@ async def test_a_record_that_cannot_be_handled_stops_no_other(hosted: Hosted) ->
     hosted.before = fail_one
     host = hosted.host()
     hosted.start(host)
-    others = [position for position in positions if position != positions[1]]
     await hosted.hears(others)
-
-    async def poisoned() -> bool:
-        return bool(host.poisoned)
-
-    await until(poisoned, "the record to be given up")
-    shard = shard_of(hosted.owner.tenant_id)
-    assert set(host.poisoned) == {(shard, positions[1])}
+    await until_poisoned(host, 1)
     assert tries[positions[1]] == ATTEMPTS_MAX
-    # The cursor waits before it, so that the next start tries again.
-    await saved(hosted, positions[1] - 1)
-    more = await hosted.change(2)
-    await hosted.hears(more)
+    (parked,) = await hosted.parked.streams()
+    assert (parked.processor, parked.stream_id) == ("plans", account_of(hosted.owner.tenant_id))
+    assert (parked.stuck.position, parked.stuck.type) == (positions[1], "CreditAccount.PlanChanged")
+    assert "poison" in parked.stuck.error
+    # What is parked is remembered elsewhere; the cursor goes on.
+    await saved(hosted, others[-1])
+    await hosted.hears(await hosted.change(2, owner=other))
+    assert [at for at in hosted.told if at in positions] == positions[:1]
+
+
+@pytest.mark.parametrize("what", ["retry", "skip"])
+async def test_a_parked_stream_goes_on_in_order_when_asked_to(hosted: Hosted, what: Any) -> None:
+    positions = await hosted.change(3)
+
+    def fail_one(record: AnyRecord) -> None:
+        if record.position == positions[1]:
+            raise ZeroDivisionError("poison")
+
+    hosted.before = fail_one
+    host = hosted.host()
+    hosted.start(host)
+    await until_poisoned(host, 1)
+    # After a restart it still waits, and so does what comes later.
+    await host.abandon()
+    hosted.tasks.pop().cancel()
+    host = hosted.host()
+    hosted.start(host)
+    hosted.bus.on_commit = host.offer
+    later = await hosted.change(2)
+    await saved(hosted, later[-1])
+    assert hosted.told == positions[:1]
+    if what == "retry":
+        hosted.before = lambda record: None
+    asked = Asked(what, "ada", "for a test")
+    await hosted.parked.ask("plans", account_of(hosted.owner.tenant_id), asked)
+    wanted = [positions[0], *(positions[1:] if what == "retry" else positions[2:]), *later]
+    await hosted.hears(wanted)
+    await until_poisoned(host, 0)
+    last = await hosted.change(2)
+    await hosted.hears(last)
+    assert hosted.told == [*wanted, *last]
+    assert [each.stuck.position for each in await hosted.parked.skipped()] == (
+        [] if what == "retry" else [positions[1]]
+    )
 
 
 async def test_a_record_whose_handler_fails_for_a_while_is_handled(hosted: Hosted) -> None:
@@ -208,7 +276,7 @@ async def test_a_record_whose_handler_fails_for_a_while_is_handled(hosted: Hoste
     host = hosted.host()
     hosted.start(host)
     await hosted.hears(positions)
-    assert host.poisoned == {}
+    assert host.poisoned == 0
     await saved(hosted, positions[-1])
 
 
@@ -268,8 +336,11 @@ async def test_an_event_from_the_future_stops_no_other(hosted: Hosted) -> None:
     after = await hosted.change(2)
     await hosted.hears(before + after)
     assert not task.done()
-    assert set(host.poisoned) == {(shard, future.position)}
-    await saved(hosted, future.position - 1)
+    await until_poisoned(host, 1)
+    (parked,) = await hosted.parked.streams()
+    assert (parked.stream_id, parked.stuck.position) == (future.stream_id, future.position)
+    assert "Plan.Celebrated" in parked.stuck.error
+    await saved(hosted, after[-1])
 
 
 async def test_draining_saves_how_far_all_has_come(hosted: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from domain.ports import Effect, ModelErrorClass, ModelReply, ModelRequest, Tool
 from domain.turn import OUTCOME_UNKNOWN, WORKERS_LOST_MAX, Turn
 from stream_processors.agent_turns import agent_turns
 from stream_processors.credit_debits import credit_debits
-from stream_processors.processor import handlers_of
 from stream_processors.tool_calls import tool_calls
 from tests.commands.write_side import BY, rules
 from tests.stream_processors.conftest import Staged
@@ -253,9 +252,8 @@ async def test_two_workers_never_do_a_step_twice(staged: Staged) -> None:
 async def test_a_step_is_taken_by_whoever_hears_of_it_not_by_who_took_the_last(staged: Staged) -> None:
     """As when records are shared out: one worker runs the tools, another one asks the model."""
     stage = staged(ScriptedModels(wants(("lookup", {"q": 1})), says("Found.")), CountedTool())
-    turns, tools = stage.worker(), stage.worker()
-    turns.host._handlers = handlers_of((agent_turns,))
-    tools.host._handlers = handlers_of((tool_calls, credit_debits))
+    turns = stage.worker(processors=(agent_turns,))
+    tools = stage.worker(processors=(tool_calls, credit_debits))
     for worker in (turns, tools):
         worker.start(sweeper=False)
     await stage.begin()
