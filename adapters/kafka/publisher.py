@@ -55,7 +55,6 @@ class KafkaPublisher:
         self._unsent: deque[int] = deque()
         self._gate = asyncio.Lock()
         self._given, self._ebbed = asyncio.Event(), asyncio.Event()
-        self._bug: BaseException | None = None
 
     @property
     def waiting(self) -> int:
@@ -64,8 +63,6 @@ class KafkaPublisher:
 
     async def send(self, messages: Sequence[PublicMessage]) -> Awaitable[None]:
         """As in `Publisher`; a message larger than the broker takes fails what was given with it."""
-        if self._bug is not None:
-            raise self._bug
         batch = _Batch(len(messages), asyncio.get_running_loop().create_future())
         # The lock is fair: who waits for room is served in order.
         async with self._gate:
@@ -91,6 +88,9 @@ class KafkaPublisher:
                     await self._feed(producer)
             except (KafkaError, OSError, TimeoutError) as failure:
                 log_of.warning("%d messages wait for the broker: %r", self.waiting, failure)
+            except Exception:
+                # The client's own errors: it does not survive all of what a broker may answer.
+                log_of.exception("the producer failed; %d messages wait for another", self.waiting)
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, PAUSE_MAX_S)
 
@@ -100,14 +100,10 @@ class KafkaPublisher:
         if waited_for:
             await asyncio.wait(waited_for, timeout=timeout_s)
 
-    def ended(self, running: asyncio.Task[None]) -> None:
-        """Nobody publishes what is left: say so to whoever waits."""
-        self._bug = None if running.cancelled() else running.exception()
+    def abandon(self) -> None:
+        """Nobody will publish what is left."""
         for entry in self._unacknowledged.values():
-            if self._bug is None:
-                entry.batch.acknowledged.cancel()
-            elif not entry.batch.acknowledged.done():
-                entry.batch.acknowledged.set_exception(self._bug)
+            entry.batch.acknowledged.cancel()
 
     # --- one producer's life
 
@@ -178,10 +174,10 @@ async def kafka_publisher(open_producer: OpenProducer) -> AsyncIterator[KafkaPub
     """A publisher for as long as the block; in the end it waits for what is under way."""
     publisher = KafkaPublisher(open_producer)
     running = asyncio.create_task(publisher.run())
-    running.add_done_callback(publisher.ended)
     try:
         yield publisher
         await publisher.flush(FLUSH_S)
     finally:
         running.cancel()
         await asyncio.wait({running})
+        publisher.abandon()
