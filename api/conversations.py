@@ -201,11 +201,22 @@ async def _one(call: Call, body: FindConversationBody) -> Response:
 async def _search(call: Call, body: FindConversationBody) -> Response:
     principal = call.caller()
     assert principal.agent_id is not None and body.query is not None
+    scope = f"search:{principal.agent_id}:{body.query}"
+    after = begins_after(call, body.cursor, scope)
     found = await search_messages(
-        call.server.db, principal.owner_id, principal.agent_id, body.query, body.limit
+        call.server.db,
+        principal.owner_id,
+        principal.agent_id,
+        body.query,
+        body.limit,
+        after[0] if after else None,
     )
-    data = [{**_message(row), "conversation_id": conversation_name(row.conversation_id)} for row in found]
-    return enveloped({"messages": data}, "Messages that contain the words.", next_cursor=None)
+    data = [
+        {**_message(row), "conversation_id": row.conversation_name or conversation_name(row.conversation_id)}
+        for row in found.rows
+    ]
+    cursor = cursor_after(call, scope, [found.seen_to]) if found.seen_to is not None else None
+    return enveloped({"messages": data}, "Messages that contain the words.", next_cursor=cursor)
 
 
 def _message(row: MessageRow) -> dict[str, Any]:

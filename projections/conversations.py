@@ -12,9 +12,11 @@ from projections.projection import Increment, Insert, Projection, Update
 from projections.read_side import NEWEST_POSITION, PAGE_MAX, After, ReadSide, page
 from schemas.records import Record
 
+SEARCHED_MAX = 20_000  # messages that one page of a search looks through
+
 conversations = Projection(
     "conversations",
-    version=1,
+    version=2,
     tables="""
     CREATE TABLE conversation (
         conversation_id uuid        PRIMARY KEY,
@@ -42,6 +44,7 @@ conversations = Projection(
     indexes="""
     CREATE INDEX conversation_by_agent ON conversation (tenant_id, agent_id, created_at DESC, conversation_id DESC);
     CREATE INDEX message_by_conversation ON message (conversation_id, position DESC);
+    CREATE INDEX message_by_tenant ON message (tenant_id, position DESC);
     """,
 )
 
@@ -78,11 +81,40 @@ class MessageRow:
     created_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class FoundMessage(MessageRow):
+    """A message that was searched for; `conversation_name` is what the caller calls its conversation, if anything."""
+
+    conversation_name: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search gave. `seen_to`: the position to go on after, None when everything was looked through."""
+
+    rows: list[FoundMessage]
+    seen_to: int | None
+
+
 _CONVERSATION = """
     c.conversation_id, c.tenant_id, c.agent_id, c.channel, c.name, c.started_by, c.message_count, c.last_message_at,
     c.created_at
 """
 _MESSAGE = "m.message_id, m.conversation_id, m.turn_id, m.role, m.content, m.position, m.created_at"
+# Newest first by index, as far as a page needs.
+_SEARCH = f"""
+    SELECT {_MESSAGE}, c.name AS conversation_name
+      FROM (SELECT * FROM message
+             WHERE tenant_id = %(tenant_id)s AND position < %(after)s
+             ORDER BY position DESC LIMIT %(searched_max)s) m
+      JOIN conversation c USING (conversation_id)
+     WHERE c.agent_id = %(agent_id)s AND m.content ILIKE %(pattern)s
+     ORDER BY m.position DESC LIMIT %(limit)s
+"""
+_SEARCHED_TO = """
+    SELECT position FROM message WHERE tenant_id = %(tenant_id)s AND position < %(after)s
+     ORDER BY position DESC OFFSET %(searched_max)s - 1 LIMIT 1
+"""
 
 
 async def get_conversation(
@@ -137,24 +169,33 @@ async def list_messages(
 
 
 async def search_messages(
-    db: ReadSide, tenant_id: UUID, agent_id: UUID, text: str, limit: int = 50
-) -> list[MessageRow]:
-    """Messages of an agent's conversations that contain `text`, whatever its case, newest first."""
+    db: ReadSide,
+    tenant_id: UUID,
+    agent_id: UUID,
+    text: str,
+    limit: int = 50,
+    after: int | None = None,
+    searched_max: int = SEARCHED_MAX,
+) -> Found:
+    """Messages of an agent's conversations that contain `text`, whatever its case, newest first.
+
+    A page looks through at most `searched_max` of the tenant's messages, and so may be short, or empty, although more
+    can be found by going on after `seen_to`.
+    """
     escaped = text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
-    return await db.all(
-        MessageRow,
-        f"""
-        SELECT {_MESSAGE} FROM conversation c JOIN message m USING (conversation_id)
-         WHERE c.tenant_id = %(tenant_id)s AND c.agent_id = %(agent_id)s AND m.content ILIKE %(pattern)s
-         ORDER BY m.position DESC LIMIT %(limit)s
-        """,
-        {
-            "tenant_id": tenant_id,
-            "agent_id": agent_id,
-            "pattern": f"%{escaped}%",
-            "limit": max(1, min(limit, PAGE_MAX)),
-        },
-    )
+    arguments = {
+        "tenant_id": tenant_id,
+        "agent_id": agent_id,
+        "pattern": f"%{escaped}%",
+        "limit": max(1, min(limit, PAGE_MAX)),
+        "after": NEWEST_POSITION if after is None else after,
+        "searched_max": searched_max,
+    }
+    rows = await db.all(FoundMessage, _SEARCH, arguments)
+    if len(rows) == arguments["limit"]:
+        return Found(rows, rows[-1].position)
+    last = await db.rows(_SEARCHED_TO, arguments)
+    return Found(rows, last[0][0] if last else None)
 
 
 @conversations.on(Conversation.Started)

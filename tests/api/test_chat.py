@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 from uuid import uuid4
 
 from api.samples import SAMPLES
@@ -79,6 +80,22 @@ async def test_a_message_may_interrupt_the_one_that_is_being_answered(ada: Perso
     assert (answer.status, answer.json["response"]) == (200, "You said: now")
     assert (last.name, last.data["code"]) == ("error", "request_cancelled")
     assert (await ada.ask(path, {"message": "x", "when_busy": "shout"})).status == 400
+
+
+async def test_a_search_gives_page_after_page(ada: Person) -> None:
+    for n in range(3):
+        await ada.ask("/api/v1/chat", {"message": f"Needle {n}", "conversation_id": "hay"})
+    body: dict[str, Any] = {"query": "needle", "limit": 2}
+    found, cursors = [], []
+    while body.get("cursor", "") is not None:
+        page = await ada.ask("/api/find_conversation", body)
+        found += page.data["messages"]
+        body["cursor"] = page.json["next_cursor"]
+        cursors.append(body["cursor"])
+    assert [each["content"] for each in found][::2] == [f"You said: Needle {n}" for n in (2, 1, 0)]
+    assert {each["conversation_id"] for each in found} == {"hay"}
+    other = await ada.ask("/api/find_conversation", {"query": "other", "cursor": cursors[0]})
+    assert (other.status, other.json["code"]) == (400, "invalid_cursor")
 
 
 async def test_a_query_may_be_called_a_message(ada: Person) -> None:

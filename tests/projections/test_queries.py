@@ -18,6 +18,7 @@ from projections.api_keys import find_key, list_keys
 from projections.catching_up import CheckpointWatch
 from projections.commands import list_commands
 from projections.conversations import (
+    Found,
     get_conversation,
     list_conversations,
     list_messages,
@@ -159,8 +160,19 @@ async def test_conversations_and_their_messages(scene: Scene) -> None:
     assert len(second) == 2
     assert await list_messages(db, uuid4(), conversation.conversation_id) == []
     found = await search_messages(db, ada.user_id, ada.agent_id, "1 IS 100%")
-    assert [each.content for each in found] == ["Question 1 is 100%?"]
-    assert await search_messages(db, ada.user_id, ada.agent_id, "1_IS") == []
+    assert [each.content for each in found.rows] == ["Question 1 is 100%?"]
+    assert found.seen_to is None
+    assert await search_messages(db, ada.user_id, ada.agent_id, "1_IS") == Found([], None)
+    assert await search_messages(db, ada.user_id, uuid4(), "Question") == Found([], None)
+    one = await search_messages(db, ada.user_id, ada.agent_id, "Question", 2)
+    two = await search_messages(db, ada.user_id, ada.agent_id, "Question", 2, one.seen_to)
+    texts = [[each.content for each in page.rows] for page in (one, two)]
+    assert texts == [["Question 2 is 100%?", "Question 1 is 100%?"], ["Question 0 is 100%?"]]
+    assert two.seen_to is None
+    short = await search_messages(db, ada.user_id, ada.agent_id, "Question 0", searched_max=4)
+    assert (short.rows, short.seen_to) == ([], first[-1].position)
+    rest = await search_messages(db, ada.user_id, ada.agent_id, "Question 0", after=short.seen_to)
+    assert [each.conversation_name for each in rest.rows] == ["thread"]
     assert await get_conversation(db, ada.user_id, ada.agent_id, conversation.conversation_id) == conversation
     assert await get_conversation(db, ada.user_id, uuid4(), conversation.conversation_id) is None
 
