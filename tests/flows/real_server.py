@@ -12,8 +12,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from pathlib import Path
@@ -75,8 +75,12 @@ def real_server(
     folder: Path,
     settings: Mapping[str, str] | None = None,
     program: Sequence[str] = ("-m", "oshaani", "up"),
+    end: Callable[[RealServer], None] = lambda server: None,
 ) -> Iterator[RealServer]:
-    """Run the server while the block runs; `program` may be another one that starts it."""
+    """Run the server while the block runs; `program` may be another one that starts it.
+
+    `end` is called before what is left of it is killed.
+    """
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(LEFT_OUT)}
     environment |= {
@@ -93,11 +97,13 @@ def real_server(
         process = subprocess.Popen(
             [sys.executable, *program], cwd=folder, env=environment, stdout=output, stderr=output
         )
-        server = RealServer(f"http://127.0.0.1:{port}", process, log)
+        server = RealServer(f"http://127.0.0.1:{environment['OSHAANI_PORT']}", process, log)
         try:
             _wait_until_ready(server)
             yield server
         finally:
+            with suppress(OSError, subprocess.TimeoutExpired):
+                end(server)
             process.kill()
             process.wait()
 
@@ -108,6 +114,19 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` ports in a row on which nobody listens now."""
+    while True:
+        first = free_port()
+        with ExitStack() as probes:
+            try:
+                for port in range(first, first + count):
+                    probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except (OSError, OverflowError):
+                continue
+            return first
 
 
 def _lower(headers: Message) -> dict[str, str]:

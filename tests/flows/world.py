@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,8 +24,9 @@ import psycopg
 
 from domain.ids import hold_of
 from tests.flows.people import Person
-from tests.flows.real_server import ROOT, Answer, RealServer, real_server
+from tests.flows.real_server import ROOT, Answer, RealServer, free_ports, real_server
 
+LAYOUT = str(ROOT / "tests" / "programs" / "crashing_layout.py")
 CRASHING = str(ROOT / "tests" / "programs" / "crashing_server.py")
 PATIENCE_S = 15.0
 POLL_S = 0.03
@@ -149,9 +150,11 @@ class World:
                 "FREE_CREDITS_AMOUNT": "100000",
                 **self.settings,
             }
-            started = real_server(self.database_url, self.folder, settings, (CRASHING,))
-            self._server = self._life.enter_context(started)
+            self._server = self._life.enter_context(self._started(settings))
         return self._server
+
+    def _started(self, settings: Mapping[str, str]) -> AbstractContextManager[RealServer]:
+        return real_server(self.database_url, self.folder, settings, (CRASHING,))
 
     @property
     def person(self) -> Person:
@@ -216,6 +219,59 @@ class World:
     def due(self, turn_ids: Sequence[UUID]) -> int:
         query = "SELECT count(*) FROM due WHERE stream_id = ANY (%s)"
         return int(self.rows(query, list(turn_ids))[0][0])
+
+
+@dataclass(slots=True)
+class Layout(World):
+    """The same, with one process a role around a broker; a role that dies is started again by its supervisor."""
+
+    broker: str = ""
+
+    def _started(self, settings: Mapping[str, str]) -> AbstractContextManager[RealServer]:
+        base_port = free_ports(20)
+        cluster = {"KAFKA_BOOTSTRAP_SERVERS": self.broker, "OSHAANI_PORT": str(base_port)}
+        return real_server(self.database_url, self.folder, {**settings, **cluster}, (LAYOUT,), self._end)
+
+    def _end(self, server: RealServer) -> None:
+        server.process.terminate()
+        server.process.wait(PATIENCE_S)
+
+    def pid_of(self, slot: str) -> int:
+        """The process that has the slot now."""
+        file = self.folder / "data" / "run" / f"{slot}.pid"
+
+        def read() -> int:
+            with suppress(OSError, ValueError):
+                return int(file.read_text().split()[0])
+            return 0
+
+        return until(read, f"{slot} to run")
+
+    def arm_role(self, slot: str, point: str) -> None:
+        """From now on that process dies when it comes there."""
+        (self.folder / "point").write_text(point)
+        line = f"{slot:18} armed: {point}\n"
+        said = self.server.log.read_text().count(line)
+
+        def armed() -> bool:
+            os.kill(self.pid_of(slot), signal.SIGUSR1)
+            return self.server.log.read_text().count(line) > said
+
+        until(armed, f"{point} to be armed in {slot}")
+
+    def deaths_of(self, slot: str) -> int:
+        """How often the supervisor has seen the role end."""
+        return self.server.log.read_text().count(f"{slot:18} ended ")
+
+
+@contextmanager
+def layout(database_url: str, folder: Path, broker: str, **settings: str) -> Iterator[Layout]:
+    with page() as the_page, model() as the_model:
+        built = Layout(database_url, folder, the_page, the_model, settings, broker=broker)
+        try:
+            yield built
+        finally:
+            built.stop()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`oshaani up` that dies by SIGKILL at a place of the test's choice.
+"""`oshaani up`, or any other role, that dies by SIGKILL at a place of the test's choice.
 
 SIGUSR1 arms the point named in the file that CRASH_POINT_FILE names; from then on its first visit is the end.
 """
@@ -29,5 +29,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, arm)
     from oshaani.cli import main
 
-    sys.argv = ["oshaani", "up"]
+    sys.argv = ["oshaani", *(sys.argv[1:] or ["up"])]
     main()

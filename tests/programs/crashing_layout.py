@@ -1,0 +1,23 @@
+"""`oshaani up --kafka` whose processes die by SIGKILL at places of the test's choice; see `crashing_server`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from oshaani.cli import logs
+from oshaani.settings import read_settings
+from oshaani.supervisor import up_kafka
+
+ROLE = str(Path(__file__).parent / "crashing_server.py")
+
+
+def say(slot: str, text: str) -> None:
+    sys.stderr.write(f"{slot:18} {text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    logs.set_up("info")
+    asyncio.run(up_kafka(read_settings(), say, lambda settings: say("layout", "ready"), (ROLE,)))
