@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +66,51 @@ def wait_for_port(port: int, seconds: float = START_S) -> None:
     raise TimeoutError(f"nobody listens on port {port} after {seconds} s")
 
 
+def wait_until_ready(base_url: str, seconds: float = START_S) -> None:
+    """Return when the server at `base_url` says that it can serve.
+
+    Raises:
+        TimeoutError: it does not in that time.
+    """
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with suppress(OSError), urllib.request.urlopen(f"{base_url}/readyz", timeout=5):  # noqa: S310
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"{base_url} is not ready after {seconds} s")
+
+
 def cpu_s(process: psutil.Process) -> float:
     """CPU seconds a process has used, user and system."""
     times = process.cpu_times()
     return float(times.user + times.system)
 
 
-def cpu_of_tree_s(process: psutil.Process) -> float:
-    """CPU seconds of a process's living descendants, and of those it has waited for."""
-    own = process.cpu_times()
-    return float(own.children_user + own.children_system) + sum(
-        cpu_s(child) for child in process.children(recursive=True)
-    )
+def cpu_by_program(process: psutil.Process) -> tuple[float, float, float]:
+    """CPU seconds used by what a process started and itself: (our own programs, Postgres, Kafka).
+
+    What its children have waited for counts with them, so that a server's short-lived processes are in it.
+    """
+    ours = cpu_s(process)
+    postgres = kafka = 0.0
+    for child in process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            times, name = child.cpu_times(), child.name()
+            used = float(times.user + times.system)
+            if name.startswith("python"):
+                ours += used
+            elif name.startswith("java"):
+                kafka += used
+            else:
+                postgres += used + float(times.children_user + times.children_system)
+    return ours, postgres, kafka
 
 
-def rss_mb(process: psutil.Process) -> float:
-    """Resident memory, 10⁶ bytes."""
-    return float(process.memory_info().rss / 1e6)
+def rss_of_ours_mb(process: psutil.Process) -> float:
+    """Resident memory of a process and of those of ours that it started, 10⁶ bytes."""
+    children = process.children(recursive=True)
+    ours = [process, *(child for child in children if child.name().startswith("python"))]
+    return sum(float(each.memory_info().rss) for each in ours) / 1e6
 
 
 def call(method: str, url: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:

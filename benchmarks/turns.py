@@ -1,9 +1,10 @@
 """A whole turn over HTTP against a model that answers at once, beside the floor that keeps nothing.
 
-    python -m benchmarks.turns [--turns N] [--rounds R]
+    python -m benchmarks.turns [--turns N] [--rounds R] [--kafka]
 
 Prints p50 at one client, turns per second at 32 clients spread over 50 owners and on one, CPU per turn of ours, and
-memory; medians over the rounds, floor and product alternating. Every accepted turn is checked to be settled.
+memory; medians over the rounds, floor and product alternating. Every accepted turn is checked to be settled. With
+--kafka the product is the distributed layout, one process a role.
 """
 
 from __future__ import annotations
@@ -21,33 +22,40 @@ from typing import Any
 from uuid import uuid4
 
 import psutil
+import psycopg
 
+from adapters.postgres.embedded import running_dsn
 from benchmarks.load import Job, run_apart
 from benchmarks.processes import (
     call,
-    cpu_of_tree_s,
-    cpu_s,
+    cpu_by_program,
     free_port,
     machine_load,
     program,
-    rss_mb,
+    rss_of_ours_mb,
     wait_for_port,
+    wait_until_ready,
 )
 
 OWNERS = 50
+_LEFT = """
+    SELECT (SELECT count(*) FROM due), (SELECT count(*) FROM credit_hold),
+           (SELECT max((SELECT sum(s.head - c.positions[s.shard + 1]) FROM shard s)) FROM checkpoint c)
+"""
 BODY = json.dumps({"message": "What is the capital of France, and why? " * 3})
 UNLIMITED = json.dumps({"free": {"message": None, "api_call": None, "tool_call": None, "agent_create": None}})
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One measured load."""
+    """One measured load. CPU is in milliseconds per turn."""
 
     per_s: float
     p50_ms: float
     p99_ms: float
     ours_cpu_ms: float
     postgres_cpu_ms: float
+    kafka_cpu_ms: float
     load: str
     statuses: dict[str, int]
 
@@ -61,15 +69,14 @@ def measure(
     settle: Callable[[], None],
 ) -> Figures:
     """Run one load and count the CPU until everything that follows from it is done."""
-    before, children = cpu_s(process), cpu_of_tree_s(process)
-    load = machine_load()
+    before, load = cpu_by_program(process), machine_load()
     result = run_apart(Job("127.0.0.1", port, heads, BODY, count, clients))
     settle()
-    ours = (cpu_s(process) - before) / count * 1000
-    postgres = (cpu_of_tree_s(process) - children) / count * 1000
-    return Figures(
-        result.per_s, result.p50_ms, result.p99_ms, round(ours, 3), round(postgres, 3), load, result.statuses
-    )
+    cpu_ms = [
+        round((after - used) / count * 1000, 3)
+        for after, used in zip(cpu_by_program(process), before, strict=True)
+    ]
+    return Figures(result.per_s, result.p50_ms, result.p99_ms, *cpu_ms, load, result.statuses)
 
 
 def owners(base: str, count: int) -> tuple[str, ...]:
@@ -112,21 +119,23 @@ def _user_key(base: str, email: str, password: str) -> str:
     return str(post("/api/api-keys/", {"name": "bench"})["data"]["key"])
 
 
-def settled(base: str) -> None:
-    """Wait until the server has nothing left to do; a minute at most."""
+def settled(database: str) -> None:
+    """Wait until nothing is left to do: no step due, nothing held, no event that a read model lacks; a minute at most."""
     until = time.monotonic() + 60
-    while time.monotonic() < until:
-        checks = call("GET", f"{base}/readyz")
-        if "0 events behind" in json.dumps(checks) and "0 records in work" in json.dumps(checks):
-            return
-        time.sleep(0.1)
-    raise TimeoutError("the server is still busy a minute after the load")
+    with psycopg.connect(database, autocommit=True, options="-c search_path=oshaani") as connection:
+        while time.monotonic() < until:
+            row = connection.execute(_LEFT).fetchone()
+            if row is not None and not any(row):
+                return
+            time.sleep(0.1)
+    raise TimeoutError(f"the product is still busy a minute after the load: due, held, behind = {row}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kafka", action="store_true", help="the distributed layout")
     options = parser.parse_args()
     found: dict[str, list[Figures]] = {}
     with ExitStack() as stack:
@@ -149,15 +158,18 @@ def main() -> None:
             "OSHAANI_PLAN_LIMITS": UNLIMITED,
             "OSHAANI_LOG_LEVEL": "warning",
         }
-        product = stack.enter_context(program(["-m", "oshaani", "up"], environment, folder / "up.log"))
-        wait_for_port(floor_port)
-        wait_for_port(port)
+        arguments = ["-m", "oshaani", "up", *(["--kafka"] if options.kafka else [])]
+        product = stack.enter_context(program(arguments, environment, folder / "up.log"))
         base = f"http://127.0.0.1:{port}"
+        wait_for_port(floor_port)
+        wait_until_ready(base)
+        database = running_dsn(folder / "data")
+        assert database is not None, "the product runs its own Postgres"
         heads = tuple(
             f"POST /api/v1/chat HTTP/1.1\r\nAuthorization: ApiKey {key}" for key in owners(base, OWNERS)
         )
         floor_heads = ("POST /api/v1/chat HTTP/1.1",)
-        start_mb = rss_mb(product)
+        start_mb = rss_of_ours_mb(product)
         runs = (
             ("floor c=1", floor_port, floor_heads, options.turns // 5, 1, floor),
             ("turn c=1", port, heads, options.turns // 5, 1, product),
@@ -167,21 +179,21 @@ def main() -> None:
         )
         for run_port, run_heads in ((floor_port, floor_heads), (port, heads)):
             run_apart(Job("127.0.0.1", run_port, run_heads, BODY, 300, 8))
-        settled(base)
+        settled(database)
         for _ in range(options.rounds):
             for name, run_port, run_heads, count, clients, process in runs:
-                wait = (lambda: None) if process is floor else (lambda: settled(base))
+                wait = (lambda: None) if process is floor else (lambda: settled(database))
                 figures = measure(run_port, run_heads, count, clients, process, wait)
                 print(f"{name:24} {json.dumps(asdict(figures))}", flush=True)  # noqa: T201
                 found.setdefault(name, []).append(figures)
         summary = {
             name: {
                 key: round(statistics.median(getattr(figure, key) for figure in figures), 3)
-                for key in ("per_s", "p50_ms", "p99_ms", "ours_cpu_ms", "postgres_cpu_ms")
+                for key in ("per_s", "p50_ms", "p99_ms", "ours_cpu_ms", "postgres_cpu_ms", "kafka_cpu_ms")
             }
             for name, figures in found.items()
         }
-        memory = {"start_mb": round(start_mb), "after_mb": round(rss_mb(product))}
+        memory = {"start_mb": round(start_mb), "after_mb": round(rss_of_ours_mb(product))}
         print(json.dumps({"medians": summary, "memory": memory, "load": machine_load()}, indent=2))  # noqa: T201
 
 
