@@ -188,10 +188,10 @@ async def means_of(core: Core) -> AsyncIterator[Means]:
         yield Means(registry, ServerToolbox(catalogue, egress, core.vault), egress)
 
 
-def work_of(core: Core, means: Means, slot: str, feed: TurnFeed) -> Work:
-    """What processors work with, in the process that has `slot`."""
+def work_of(core: Core, means: Means, worker: str, feed: TurnFeed) -> Work:
+    """What processors work with; `worker` is one life of a process, `slot/incarnation`."""
     return Work(
-        f"{slot}/{uuid4()}",
+        worker,
         core.bus,
         means.registry,
         means.toolbox,
@@ -245,7 +245,7 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
     async with AsyncExitStack() as stack:
         means = await stack.enter_async_context(means_of(core))
         feed = MemoryTurnFeed()
-        work = work_of(core, means, "embedded", feed)
+        work = work_of(core, means, f"embedded/{uuid4()}", feed)
         parked = parked_records.PostgresParkedRecords(core.pool)
         host = ProcessorHost(core.log, core.records, PROCESSORS, work, parked)
         server = await stack.enter_async_context(server_of(core, means, feed, lambda: _ready(core, host)))
