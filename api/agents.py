@@ -100,7 +100,10 @@ async def list_agents_of_user(
     call: UserCall,
     paging: PagingDep,
     scope: Annotated[
-        Literal["own", "shared"], Query(description="Own agents, or those shared with you.")
+        Literal["own", "shared"],
+        Query(
+            description="Own agents, or those shared with you. Agents cannot be shared yet: that list is empty."
+        ),
     ] = "own",
 ) -> Response:
     """List all of the user's agents, newest first."""
@@ -109,7 +112,8 @@ async def list_agents_of_user(
     await call.reads()
     rows = [] if scope == "shared" else await list_agents(call.server.db, owner_id, paging.limit + 1, after)
     page = page_of(call, paging, name, rows, lambda row: row.after)
-    return listed(page, [data_of(row) for row in page.rows], "Your agents.")
+    message = "Agents cannot be shared yet; none is shared with you." if scope == "shared" else "Your agents."
+    return listed(page, [data_of(row) for row in page.rows], message)
 
 
 @router.post("/api/agents", status_code=201, response_model=AgentEnvelope)

@@ -39,7 +39,6 @@ CODES: dict[str, tuple[int, str]] = {
     "not_found": (404, "Not found"),
     "method_not_allowed": (405, "Method not allowed"),
     "conflict": (409, "Conflict"),
-    "request_in_progress": (409, "The request is still running"),
     "request_cancelled": (409, "The request was cancelled"),
     "agent_state_conflict": (409, "The agent's state does not allow this"),
     "custom_tool_limit": (409, "Too many custom tools"),

@@ -54,7 +54,6 @@ _ADVICE: dict[str, tuple[str, str]] = {
     "not_found": ("no", ""),
     "method_not_allowed": ("no", "header `Allow`"),
     "conflict": ("no", "sometimes `reason`"),
-    "request_in_progress": ("yes", "header `Retry-After`"),
     "request_cancelled": ("no", "`request_id` of the turn, `reason`"),
     "agent_state_conflict": ("no", "`status`, `allowed_transitions`"),
     "custom_tool_limit": ("no", "`limit`"),

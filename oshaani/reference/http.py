@@ -22,11 +22,12 @@ agent: `Authorization: ApiKey <agent API key>` or `X-API-Key: <agent API key>`.
 
 **Headers of requests.** `Idempotency-Key` makes a repeated request harmless, for ever. `If-Match` with an agent's `ETag`
 refuses a change of another version (412). `Oshaani-Min-Position` makes a query wait for a position. `traceparent` and
-`X-Request-Id` are taken over.
+`X-Request-Id` are taken over. `Oshaani-Version` names the form of the API that a client was written for, a date.
 
 **Headers of answers.** `Oshaani-Position: <shard>:<position>` of what was written; `Idempotent-Replayed: true` when the
 request had been served before; `Oshaani-Position-Reached: false` when the read models were behind; `RateLimit` and
-`RateLimit-Policy` for the plan's daily limits; `X-Request-Id`.
+`RateLimit-Policy` for the plan's daily limits; `X-Request-Id`; `Oshaani-Version`; `Deprecation` and `Sunset` from
+operations that will go away.
 
 **Errors**: [one body for all](errors.md). **Amounts** are decimal texts. **Lists** take `limit` (at most 200) and
 `cursor`, and give `next_cursor`.
