@@ -14,6 +14,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from adapters.kafka.clients import START_S, STOP_S, KafkaConfig, open_consumer
+from adapters.kafka.faults import KafkaUnavailable, PartitionsFixed
 from adapters.kafka.quiet import quieten_clients
 from schemas.topics import PRIVATE_PARTITIONS, TOPICS, Topic, divided
 
@@ -23,14 +24,6 @@ REQUEST_MS = 20_000
 POLL_S = 0.05
 REPLICAS_MAX = 3
 _SET_ON_THE_TOPIC = 1  # Kafka's protocol guide, DescribeConfigs: config_source
-
-
-class KafkaUnavailable(Exception):
-    """The cluster did not do what it was asked; the text says which and why."""
-
-
-class PartitionsFixed(Exception):
-    """Topics that have another number of partitions than they should, where that cannot be changed."""
 
 
 @dataclass(frozen=True, slots=True)

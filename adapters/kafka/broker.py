@@ -27,9 +27,9 @@ from pathlib import Path
 
 import psutil
 
+from adapters.kafka.faults import EmbeddedKafkaFault, KafkaDidNotStart, KafkaFolderUnusable, KafkaPortTaken
 from adapters.kafka.programs import (
     SERVER,
-    EmbeddedKafkaFault,
     KafkaPrograms,
     Say,
     free_ports,
@@ -52,18 +52,6 @@ ANSWER_BYTES_MAX = 1024 * 1024
 
 _EXCEPTION = re.compile(r"(Caused by: )?[\w.$]+(Exception|Error): .")
 _log = logging.getLogger(__name__)
-
-
-class KafkaFolderUnusable(EmbeddedKafkaFault):
-    """The broker's folder cannot be made or written, or another process works in it."""
-
-
-class KafkaDidNotStart(EmbeddedKafkaFault):
-    """The broker ended, or did not answer in time; the text carries its last words."""
-
-
-class KafkaPortTaken(EmbeddedKafkaFault):
-    """Another program listens on the port that the broker was told to use."""
 
 
 @asynccontextmanager

@@ -18,6 +18,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import ProducerClosed
 
+from adapters.kafka.faults import KafkaConfigInvalid
 from adapters.kafka.quiet import quieten_clients
 from schemas.topics import RECORD_BYTES_MAX
 
@@ -35,10 +36,6 @@ SESSION_MS, HEARTBEAT_MS = 10_000, 2_000
 PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL = "PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"
 
 log_of = logging.getLogger(__name__)
-
-
-class KafkaConfigInvalid(Exception):
-    """What was configured cannot be used; the text is one line with the fix, meant for an operator."""
 
 
 class KafkaSettings(Protocol):
@@ -253,10 +250,11 @@ async def _stop_producer(producer: AIOKafkaProducer) -> None:
             await producer.stop()
     except TimeoutError:
         log_of.warning("a producer was ended with records that the broker has not acknowledged")
-        # What `stop` waits for without end while the broker is away; it has no bound of its own.
-        producer._message_accumulator.fail_all(ProducerClosed())
+        # `stop` waits for acknowledgements without end. Without a connection the sender gives its records back, and
+        # those who wait for them are told.
         await _close(producer.client)
         await _bounded(producer._sender.close())
+        producer._message_accumulator.fail_all(ProducerClosed())
 
 
 async def _stop_consumer(consumer: AIOKafkaConsumer) -> None:

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+from adapters.kafka.faults import EmbeddedKafkaFault, KafkaProgramsMissing
+
 DEPLOY = Path(__file__).parents[2] / "deploy" / "kafka"  # The wheel carries it beside this layer too.
 ROOT_CACHE = Path("/var/cache/oshaani")
 JAVA_MIN = 17
@@ -51,14 +53,6 @@ appender.console.layout.pattern=%d{ISO8601} %p %c{1} %m%n
 """
 
 Say = Callable[[str], None]
-
-
-class EmbeddedKafkaFault(Exception):
-    """The development broker cannot serve; the text is one line with the fix, meant for an operator."""
-
-
-class KafkaProgramsMissing(EmbeddedKafkaFault):
-    """Java, Maven or Kafka's jars are not there and cannot be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +109,20 @@ def kafka_programs(say: Say | None = None) -> KafkaPrograms:
 
 
 def write_settings(folder: Path, ports: tuple[int, int], settings: Mapping[str, str]) -> Path:
-    """The broker's settings for `ports` (its own and its controller's); `settings` override those of deploy/kafka."""
+    """The broker's settings for `ports` (its own and its controller's); `settings` override those of deploy/kafka.
+
+    `$port`, `$controller_port` and `$data` stand for what they say in both.
+    """
     (folder / "tmp").mkdir(exist_ok=True)
     (folder / "log4j2.properties").write_text(LOG_SETTINGS, "ascii")
-    text = Template((DEPLOY / "server.properties").read_text("utf-8")).substitute(
+    base = (DEPLOY / "server.properties").read_text("utf-8")
+    # The last line of a name counts.
+    lines = [base, *(f"{name}={_as_property(value)}\n" for name, value in settings.items())]
+    text = Template("".join(lines)).substitute(
         port=ports[0], controller_port=ports[1], data=_as_property(str(folder / "data"))
     )
-    # The last line of a name counts.
-    lines = [text, *(f"{name}={_as_property(value)}\n" for name, value in settings.items())]
     place = folder / "server.properties"
-    place.write_text("".join(lines), "ascii")
+    place.write_text(text, "ascii")
     return place
 
 

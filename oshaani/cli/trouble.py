@@ -26,6 +26,7 @@ def _sayings() -> tuple[tuple[tuple[type[Exception], ...], str], ...]:
     from psycopg_pool import PoolTimeout
 
     from adapters.crypto import NotAuthentic, UnknownMasterKey
+    from adapters.kafka.faults import KafkaFault
     from adapters.postgres.data_folder import EmbeddedPostgresFault
     from domain.errors import Refusal
     from domain.event_log import LogUnavailable
@@ -35,7 +36,7 @@ def _sayings() -> tuple[tuple[tuple[type[Exception], ...], str], ...]:
     from schemas.records import ObjectMissing
 
     return (
-        ((Failed, EmbeddedPostgresFault, Refusal), "{}"),
+        ((Failed, EmbeddedPostgresFault, KafkaFault, Refusal), "{}"),
         (
             (LogUnavailable, psycopg.OperationalError, PoolTimeout, TimeoutError),
             "the database cannot be used: {}; see `oshaani doctor`",

@@ -14,16 +14,9 @@ import pytest
 from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 
-from adapters.kafka.broker import (
-    KafkaDidNotStart,
-    KafkaFolderUnusable,
-    KafkaPortTaken,
-    KafkaServer,
-    answers,
-    embedded_kafka,
-    running_servers,
-)
-from adapters.kafka.programs import KafkaProgramsMissing, free_ports, kafka_programs
+from adapters.kafka.broker import KafkaServer, answers, embedded_kafka, running_servers
+from adapters.kafka.faults import KafkaDidNotStart, KafkaFolderUnusable, KafkaPortTaken, KafkaProgramsMissing
+from adapters.kafka.programs import free_ports, kafka_programs
 from schemas.topics import AGENT_STATE, LOG, TURN_STREAM
 from tests.peers.brokers import PrivateTopics, end_brokers
 
