@@ -25,13 +25,21 @@ POINTS = (
     "projection.after_commit",
     "cursor.saved",
 )
+# Reached only where the log goes through a broker.
+DISTRIBUTED_POINTS = (
+    "relay.before_send",
+    "relay.sent",
+    "relay.acked",
+    "relay.saved",
+)
 _armed: dict[str, int] = {}
 
 
 def arm(point: str, visit: int = 1) -> None:
     """Die with SIGKILL when `point` is reached for the `visit`-th time."""
-    if point not in POINTS:
-        raise ValueError(f"unknown crash point {point!r}; known: {', '.join(POINTS)}")
+    known = (*POINTS, *DISTRIBUTED_POINTS)
+    if point not in known:
+        raise ValueError(f"unknown crash point {point!r}; known: {', '.join(known)}")
     _armed[point] = visit
 
 
