@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 
@@ -42,19 +43,35 @@ async def _examine() -> list[Finding]:
     found += [doctor_host.master_key_file(settings), doctor_host.listening(settings)]
     server = await looked_at("server", lambda: doctor_services.server(settings))
     is_running = bool(server) and server[0].status == "ok"
-    found += [*await _database(settings, is_running), *server]
+    found += [*await _database(settings, is_running), *server, *await _kafka(settings, is_running)]
     found += await looked_at("models", lambda: doctor_services.models(settings))
     return found + doctor_services.tools(settings)
 
 
+async def _kafka(settings: Settings, is_running: bool) -> Sequence[Finding]:
+    """What is to be said of Kafka, if there is any to speak of."""
+    from oshaani.cli import doctor_kafka
+
+    config = doctor_kafka.config_of(settings)
+    if config is None:
+        return ()
+    found = await looked_at("kafka", lambda: doctor_kafka.examine(config, settings, is_running))
+    async with AsyncExitStack() as stack:
+        dsn = await stack.enter_async_context(open_database(settings))
+        roles = await looked_at("roles", lambda: doctor_kafka.examine_roles(dsn, is_running))
+    return [*found, *roles]
+
+
 async def _database(settings: Settings, is_running: bool) -> list[Finding]:
     """What the database says; its absence is a finding too."""
-    from oshaani.cli import doctor_database, doctor_host
+    from oshaani.cli import doctor_database, doctor_host, doctor_kafka
 
     try:
         async with AsyncExitStack() as stack:
             dsn = await stack.enter_async_context(open_database(settings))
-            return await doctor_database.examine(dsn, is_running, doctor_host.readable_key(settings))
+            is_embedded = doctor_kafka.config_of(settings) is None
+            key = doctor_host.readable_key(settings)
+            return await doctor_database.examine(dsn, is_running, key, is_embedded=is_embedded)
     except Failed as missing:
         return [warn("database", str(missing), "the first `oshaani up` makes it")]
     except Exception as failure:

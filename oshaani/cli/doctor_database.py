@@ -46,10 +46,12 @@ _KEY_IDS = """
 """
 
 
-async def examine(dsn: str, is_running: bool, key: bytes | None) -> list[Finding]:
+async def examine(
+    dsn: str, is_running: bool, key: bytes | None, *, is_embedded: bool = True
+) -> list[Finding]:
     """Everything the database can tell. `is_running`: a server is expected to keep up with it.
 
-    `key` is the master key, as far as there is one.
+    `key` is the master key, as far as there is one. `is_embedded`: processors read the log itself.
 
     Raises:
         psycopg.OperationalError, OSError, TimeoutError: it cannot be reached.
@@ -67,8 +69,9 @@ async def examine(dsn: str, is_running: bool, key: bytes | None) -> list[Finding
             if row[1] is None:
                 return [*found, warn("read models", "not built yet", START)]
             found += [await _read_models(connection, is_running), await _parked(connection)]
-            found += [await _processors(connection, is_running), await _due(connection, is_running)]
-            return [*found, await _workers(connection, is_running)]
+            if is_embedded:
+                found.append(await _processors(connection, is_running))
+            return [*found, await _due(connection, is_running), await _workers(connection, is_running)]
 
 
 async def _itself(connection: Connection) -> Finding:

@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-from oshaani.cli import about, audit, doctor, events, people, quickstart, read_models, serve, turns
+from oshaani.cli import (
+    about,
+    audit,
+    doctor,
+    events,
+    people,
+    quickstart,
+    read_models,
+    roles,
+    serve,
+    topics,
+    turns,
+)
 from oshaani.cli.trouble import in_one_line
 
 log_of = logging.getLogger(__name__)
@@ -21,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for family in (serve, quickstart, people, about, doctor, events, turns, read_models, audit):
+for family in (serve, roles, quickstart, people, about, doctor, events, turns, read_models, topics, audit):
     app.add_typer(family.app)
 
 

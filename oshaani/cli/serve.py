@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -29,12 +30,16 @@ FREE_CALLS = (
 
 
 @app.command()
-def up() -> None:
+def up(
+    kafka: Annotated[
+        bool, typer.Option("--kafka", help="One process a role around Apache Kafka, supervised.")
+    ] = False,
+) -> None:
     """Run everything in one process: database, API, processors and read models. Ctrl-C ends it."""
     logs.set_up("info")
     settings = read_settings()
     logs.set_up(settings.log_level)
-    run(_up(settings))
+    run(_up_kafka(settings) if kafka else _up(settings))
     # All is closed and saved; a thread that still waits for a slow provider must not keep the process for its time limit.
     logging.shutdown()
     sys.stdout.flush()
@@ -64,6 +69,27 @@ async def _up(settings: Settings) -> None:
     finally:
         for task in (model, *shown):
             task.cancel()
+
+
+async def _up_kafka(settings: Settings) -> None:
+    from oshaani.process import PortTaken
+    from oshaani.supervisor import up_kafka
+
+    model = asyncio.create_task(default_model(settings))
+    shown: list[asyncio.Task[None]] = []
+    try:
+        await up_kafka(
+            settings, _said, lambda ready: shown.append(asyncio.create_task(_announce(ready, model)))
+        )
+    except PortTaken as taken:
+        raise Failed(str(taken)) from taken
+    finally:
+        for task in (model, *shown):
+            task.cancel()
+
+
+def _said(slot: str, text: str) -> None:
+    show.line(f"{slot:18} {text}")
 
 
 async def _announce(settings: Settings, model: asyncio.Task[ModelCard | None]) -> None:
