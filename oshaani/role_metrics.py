@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from time import monotonic
 from typing import Protocol
@@ -231,55 +231,51 @@ class ProcessorMetrics:
         return handle
 
 
-class Delivering(Protocol):
-    """What is seen of whatever gives a processor its records."""
+class Hosted(Protocol):
+    """How a processor's host is (`stream_processors.faust_app.HostState`)."""
 
     @property
-    def pending(self) -> int:
-        """Records taken and not finished yet."""
+    def partitions(self) -> Collection[int]: ...
 
     @property
-    def partitions(self) -> Iterable[object]:
-        """The partitions of the work topic that are this process's."""
+    def pending(self) -> int: ...
 
     @property
-    def parked_count(self) -> int:
-        """Streams that wait for an operator, as far as this process knows."""
+    def lag(self) -> int: ...
 
-    def lag(self) -> Mapping[int, int]:
-        """By partition of ours, records on the topic that are not finished."""
+    @property
+    def parked(self) -> int: ...
+
+    @property
+    def polled_s_ago(self) -> float: ...
 
 
-def watch_processor(registry: CollectorRegistry, processor: str, host: Delivering) -> None:
+def watch_processor(registry: CollectorRegistry, processor: str, state: Callable[[], Hosted]) -> None:
     """What a processor's host has in hand."""
-    registry.register(Watched(lambda: _host_families(processor, host)))
+    registry.register(Watched(lambda: _host_families(processor, state())))
 
 
-def _host_families(processor: str, host: Delivering) -> Iterator[Metric]:
-    def of_processor(name: str, text: str, value: float) -> Metric:
+def _host_families(processor: str, state: Hosted) -> Iterator[Metric]:
+    values = {
+        "pending_records": ("Records taken and not finished yet.", state.pending),
+        "lag_records": (
+            "Records on this process's partitions of the work topic that are not finished.",
+            state.lag,
+        ),
+        "assigned_partitions": (
+            "Partitions of the work topic that are this process's.",
+            len(state.partitions),
+        ),
+        "known_parked_streams": (
+            "Streams that wait for an operator, as far as this process knows.",
+            state.parked,
+        ),
+        "silent_seconds": ("Time since Kafka was last asked for records, in seconds.", state.polled_s_ago),
+    }
+    for name, (text, value) in values.items():
         family = GaugeMetricFamily(f"oshaani_processor_{name}", text, labels=("processor",))
         family.add_metric((processor,), value)
-        return family
-
-    yield of_processor("pending_records", "Records taken and not finished yet.", host.pending)
-    yield of_processor(
-        "assigned_partitions",
-        "Partitions of the work topic that are this process's.",
-        len(set(host.partitions)),
-    )
-    yield of_processor(
-        "known_parked_streams",
-        "Streams that wait for an operator, as far as this process knows.",
-        host.parked_count,
-    )
-    lag = GaugeMetricFamily(
-        "oshaani_processor_lag_records",
-        "Records on the work topic that are not finished, by partition of this process's.",
-        labels=("processor", "partition"),
-    )
-    for partition, record_count in host.lag().items():
-        lag.add_metric((processor, str(partition)), record_count)
-    yield lag
+        yield family
 
 
 def _counted(name: str, text: str, value: float) -> Metric:

@@ -23,8 +23,8 @@ process also shows the usual `process_…` families.
 
 
 @dataclass
-class _Idle:
-    """A relay, and a processor's host, with one thing each to show."""
+class _IdleRelay:
+    """A relay with one range to show."""
 
     sent_count: int = 0
     rewound_count: int = 0
@@ -33,16 +33,24 @@ class _Idle:
     in_flight_count: int = 0
     held_ranges: tuple[int, ...] = (0,)
     trouble: str = ""
-    pending: int = 0
-    partitions: tuple[int, ...] = (0,)
-    parked_count: int = 0
 
     @property
     def stuck(self) -> Mapping[int, str]:
         return {}
 
-    def lag(self, heads: Mapping[int, int] | None = None) -> Mapping[int, int]:
+    def lag(self, heads: Mapping[int, int]) -> Mapping[int, int]:
         return {0: 0}
+
+
+@dataclass
+class _IdleHost:
+    """A processor's host with nothing in hand."""
+
+    partitions: tuple[int, ...] = ()
+    pending: int = 0
+    lag: int = 0
+    parked: int = 0
+    polled_s_ago: float = 0.0
 
 
 def catalogue() -> dict[str, list[Metric]]:
@@ -51,7 +59,7 @@ def catalogue() -> dict[str, list[Metric]]:
         "Every process": _families(lambda r: role_metrics.watch_process(r, "api")),
         "HTTP: `up` and `api`": _families(_http),
         "Turns, tools, credits: `up`, `api` and processors, each what it commits": _families(_platform),
-        "The relay": _families(lambda r: role_metrics.watch_relay(r, _Idle())),
+        "The relay": _families(lambda r: role_metrics.watch_relay(r, _IdleRelay())),
         "The projector": _families(_projector),
         "The database, as a projector sees it": _families(_store),
         "Processors": _families(_processor),
@@ -96,7 +104,7 @@ def _store(registry: CollectorRegistry) -> None:
 
 def _processor(registry: CollectorRegistry) -> None:
     role_metrics.ProcessorMetrics(registry, "agent_turns")
-    role_metrics.watch_processor(registry, "agent_turns", _Idle())
+    role_metrics.watch_processor(registry, "agent_turns", _IdleHost)
 
 
 def _row(family: Metric) -> tuple[str, str, str, str]:

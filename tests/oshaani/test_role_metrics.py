@@ -40,15 +40,14 @@ class CarriedSoFar:
 
 
 @dataclass
-class InHand:
+class HostedSoFar:
     """A processor's host as it may be found."""
 
-    pending: int
-    partitions: set[int]
-    parked_count: int
-
-    def lag(self) -> Mapping[int, int]:
-        return dict.fromkeys(self.partitions, 9)
+    partitions: tuple[int, ...] = ()
+    pending: int = 0
+    lag: int = 0
+    parked: int = 0
+    polled_s_ago: float = 0.0
 
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
@@ -147,12 +146,14 @@ async def test_what_a_handler_leaves_to_be_waited_for_is_handed_on() -> None:
 
 def test_a_processors_host_shows_what_it_has_in_hand() -> None:
     registry = CollectorRegistry()
-    watch_processor(registry, "tool_calls", InHand(pending=3, partitions={1, 5}, parked_count=2))
+    state = HostedSoFar((1, 5), pending=3, lag=9, parked=2, polled_s_ago=0.25)
+    watch_processor(registry, "tool_calls", lambda: state)
     of = {"processor": "tool_calls"}
     assert value(registry, "processor_pending_records", **of) == 3
     assert value(registry, "processor_assigned_partitions", **of) == 2
     assert value(registry, "processor_known_parked_streams", **of) == 2
-    assert value(registry, "processor_lag_records", partition="5", **of) == 9
+    assert value(registry, "processor_lag_records", **of) == 9
+    assert value(registry, "processor_silent_seconds", **of) == 0.25
 
 
 def test_all_of_them_fit_in_one_registry() -> None:
@@ -162,5 +163,5 @@ def test_all_of_them_fit_in_one_registry() -> None:
     watch_relay(registry, CarriedSoFar())
     ProjectionMetrics(registry)
     ProcessorMetrics(registry, "agent_turns")
-    watch_processor(registry, "agent_turns", InHand(0, set(), 0))
+    watch_processor(registry, "agent_turns", HostedSoFar)
     assert b"oshaani_relay_sent_records_total 0.0" in generate_latest(registry)
