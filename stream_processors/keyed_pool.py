@@ -184,6 +184,13 @@ class KeyedPool(Generic[T]):
             return self._left.get(partition)
         return ours.queue[0].position if ours.queue else None
 
+    def reached(self, partition: Hashable) -> int | None:
+        """Everything of a partition of ours before this position is acknowledged; None when nothing was taken of it."""
+        ours = self._partitions.get(partition)
+        if ours is None or ours.last < 0:
+            return None
+        return ours.queue[0].position if ours.queue else ours.last + 1
+
     def oldest(self) -> list[T]:
         """What each partition's prefix waits for."""
         return [each.queue[0].payload for each in self._partitions.values() if each.queue]

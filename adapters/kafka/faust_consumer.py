@@ -1,0 +1,185 @@
+"""Faust's consumer with our bounds, and what it can say about its own health.
+
+Beside stream_processors/faust_app.py the only file that knows Faust: what is wrong with a consumer is known to aiokafka.
+Faust 0.15 runs it in a thread of its own, never says that its group has thrown it out, drops what a topic that was
+made anew delivers, and waits for its thread without end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any, Final
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.errors import KafkaError
+from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer
+from mode.threads import WorkerThread
+
+from adapters.kafka.clients import (
+    FETCH_BYTES_MAX,
+    FETCH_WAIT_MS,
+    HEARTBEAT_MS,
+    METADATA_AGE_MS,
+    REQUEST_MS,
+    SESSION_MS,
+    KafkaConfig,
+    open_consumer,
+)
+from adapters.kafka.quiet import quieten_clients
+from schemas.topics import RECORD_BYTES_MAX
+
+log_of = logging.getLogger(__name__)
+
+POLL_RECORDS_MAX: Final = 500
+REBALANCE_MS: Final = 20_000  # what members get to let go of their partitions
+THREAD_END_S: Final = 2.0
+SEEK_S: Final = 10.0
+LOOK_S: Final = 1.0
+SILENT_S: Final = 90.0  # without a group, or without asking for records, while the broker answers
+
+
+class TopicBegunAnew(Exception):
+    """The topic was deleted and made again; what was committed is of the old one. A new start reads all of the new."""
+
+
+class WorkerKafka:
+    """What a Faust app needs to know of Kafka: where it is, who we are, and the consumer to use."""
+
+    def __init__(self, config: KafkaConfig) -> None:
+        quieten_clients()
+        self._config = config
+        self.broker = config.faust_broker()
+        self.credentials = config.faust_credentials()
+
+    def consumer(self, transport: Any, **options: Any) -> WorkerConsumer:
+        """The consumer of a Faust transport; to be put in the place of the transport's own."""
+        return WorkerConsumer(transport, kafka=self._config, **options)
+
+    async def partitions_of(self, topic: str) -> int:
+        """How many partitions a topic has; waits for the broker and the topic for as long as it takes."""
+        while True:
+            try:
+                async with open_consumer(self._config, "oshaani-looking", topic) as consumer:
+                    while True:
+                        await consumer.topics()
+                        if found := consumer.partitions_for_topic(topic):
+                            return len(found)
+                        log_of.warning("there is no topic %s; make it with `oshaani topics apply`", topic)
+                        await asyncio.sleep(LOOK_S)
+            except (KafkaError, TimeoutError, OSError) as failure:
+                log_of.warning("no broker answers: %r", failure)
+                await asyncio.sleep(LOOK_S)
+
+
+class WorkerConsumer(Consumer):
+    """The consumer of one worker."""
+
+    def __init__(self, transport: Any, *, kafka: KafkaConfig, **options: Any) -> None:
+        self.kafka = kafka
+        self.polled_s = self._well_s = time.monotonic()
+        super().__init__(transport, **options)
+
+    def trouble(self) -> str | None:
+        """Why this consumer will not deliver anything any more, None while it may; to be asked again and again."""
+        consumer = self._thread._consumer
+        coordinator = getattr(consumer, "_coordinator", None)
+        if coordinator is None:
+            return None
+        if (fatal := coordinator._pending_exception) is not None:
+            return f"the group has ended our membership: {fatal!r}"
+        if coordinator._coordination_task.done() and not coordinator._closing.done():
+            return "nobody keeps our membership in the group"
+        now_s = time.monotonic()
+        is_silent = now_s - self.polled_s > SILENT_S or coordinator.generation < 0
+        if coordinator.coordinator_id is None or not is_silent:
+            self._well_s = now_s
+        elif now_s - self._well_s > SILENT_S:
+            return f"no records were asked for in {SILENT_S:g} s, although the broker answers"
+        return None
+
+    def lag(self, partition: Any, next_offset: int | None) -> int:
+        """Records of a partition behind `next_offset`; None stands for what is committed."""
+        if next_offset is None:
+            next_offset = self._committed_offset.get(partition)
+        try:
+            end = self.highwater(partition)
+        except Exception:
+            return 0  # not ours any more
+        return max(0, end - next_offset) if end is not None and next_offset is not None else 0
+
+    def forget(self, partitions: Any) -> None:
+        """Drop acknowledgements that came in while partitions were being revoked, and were committed or never will be."""
+        for partition in partitions:
+            self._acked.pop(partition, None)
+            self._acked_index.pop(partition, None)
+            self._gap.pop(partition, None)
+
+    def _new_consumer_thread(self) -> _Thread:
+        return _Thread(self, loop=self.loop, beacon=self.beacon, Worker=_DaemonThread)
+
+    async def perform_seek(self) -> None:
+        """Begin at what is committed, or anew where the topic does not reach that far any more."""
+        await super().perform_seek()
+        committed = {tp: offset for tp, offset in self._committed_offset.items() if offset is not None}
+        async with asyncio.timeout(SEEK_S):
+            ends = await self._thread.highwaters(*committed) if committed else {}
+        for tp, offset in committed.items():
+            if ends.get(tp, offset) < offset:
+                log_of.error(
+                    "%s ends before %d, which is committed; reading it from its beginning", tp, offset
+                )
+                self._committed_offset[tp] = self._read_offset[tp] = None
+
+    async def _wait_next_records(self, timeout: float) -> Any:
+        found = await super()._wait_next_records(timeout)
+        self.polled_s = time.monotonic()
+        return found
+
+    def _to_message(self, tp: Any, record: Any) -> Any:
+        committed = self._committed_offset.get(tp)
+        if committed is not None and record.offset < committed:
+            raise TopicBegunAnew(f"record {record.offset} of {tp} came after {committed} was committed")
+        return super()._to_message(tp, record)
+
+
+class _Thread(AIOKafkaConsumerThread):
+    def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
+        conf, consumer = self.app.conf, self.consumer
+        assert isinstance(consumer, WorkerConsumer)
+        has_tables = bool(self.app.tables.changelog_topics)
+        self._assignor = self.app.assignor if has_tables else RoundRobinPartitionAssignor
+        return AIOKafkaConsumer(
+            **consumer.kafka.client_options() | {"metadata_max_age_ms": METADATA_AGE_MS},
+            client_id=conf.broker_client_id,
+            group_id=conf.id,
+            group_instance_id=conf.consumer_group_instance_id,
+            partition_assignment_strategy=[self._assignor],
+            enable_auto_commit=False,
+            auto_offset_reset=conf.consumer_auto_offset_reset,
+            isolation_level="read_uncommitted",
+            # Faust's own 1500 is felt by every record that comes alone.
+            fetch_max_wait_ms=FETCH_WAIT_MS,
+            fetch_max_bytes=FETCH_BYTES_MAX,
+            max_partition_fetch_bytes=RECORD_BYTES_MAX,
+            max_poll_records=POLL_RECORDS_MAX,
+            # Our pool holds records for as long as it takes; whether it lives is told by the watchdog.
+            max_poll_interval_ms=24 * 3600 * 1000,
+            session_timeout_ms=SESSION_MS,
+            heartbeat_interval_ms=HEARTBEAT_MS,
+            rebalance_timeout_ms=REBALANCE_MS,
+            request_timeout_ms=REQUEST_MS,
+        )
+
+
+class _DaemonThread(WorkerThread):
+    """Does not keep a process alive that has ended, nor its event loop waiting for long."""
+
+    def __init__(self, service: Any, **options: Any) -> None:
+        super().__init__(service, **options)
+        self.daemon = True
+
+    def stop(self) -> None:
+        self.is_stopped.wait(THREAD_END_S)
