@@ -257,7 +257,19 @@ async def _correct(
         for code, message, _, name in response.resources:
             if code:
                 raise KafkaUnavailable(f"the settings of topic {name} cannot be changed: {message}")
+    await _until_set(admin, {each.name: each.configs for each in altered})
     return changes
+
+
+async def _until_set(admin: AIOKafkaAdminClient, wanted: Mapping[str, Mapping[str, str]]) -> None:
+    """A change has been written down when it is answered; brokers follow a moment later."""
+    while True:
+        current = await _settings(admin, wanted)
+        if all(
+            _value(current[name], key) == should[key] for name, should in wanted.items() for key in should
+        ):
+            return
+        await asyncio.sleep(POLL_S)
 
 
 async def _settings(

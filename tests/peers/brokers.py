@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -60,24 +61,41 @@ class PrivateTopics:
     def __init__(self, servers: str) -> None:
         self.prefix = f"test-{uuid4().hex[:12]}."
         self._admin = AdminClient({"bootstrap.servers": servers, "log_level": 0})
-        self._made: list[str] = []
+        self._own: list[str] = []
+
+    def named(self, topic: Topic) -> Topic:
+        """A topic like this one under a name of the test's own; it goes with the test, whoever makes it."""
+        own = replace(topic, name=self.prefix + topic.name)
+        self._own.append(own.name)
+        return own
 
     def create(self, *topics: Topic) -> tuple[Topic, ...]:
         """Make topics like these, with their settings; they are returned as they are called here."""
-        own = tuple(replace(topic, name=self.prefix + topic.name) for topic in topics)
+        own = tuple(map(self.named, topics))
         wanted = [
-            NewTopic(mine.name, topic.partitions, replication_factor=1, config=topic.settings)
-            for mine, topic in zip(own, topics, strict=True)
+            NewTopic(topic.name, topic.partitions, replication_factor=1, config=topic.settings)
+            for topic in own
         ]
         for made in self._admin.create_topics(wanted, operation_timeout=ADMIN_S).values():
             made.result(ADMIN_S)
-        self._made += [topic.name for topic in own]
+        self._wait_until_led(own)
         return own
 
+    def _wait_until_led(self, topics: tuple[Topic, ...]) -> None:
+        """A broker knows of a topic a moment after it was made."""
+        until_s = time.monotonic() + ADMIN_S
+        while True:
+            known = self._admin.list_topics(timeout=ADMIN_S).topics
+            parts = [known[topic.name].partitions if topic.name in known else {} for topic in topics]
+            if all(each and all(one.leader >= 0 for one in each.values()) for each in parts):
+                return
+            assert time.monotonic() < until_s, "the topics were not made in time"
+            time.sleep(0.02)
+
     def remove(self) -> None:
-        """Take everything away that was made here."""
-        if self._made:
-            for removed in self._admin.delete_topics(self._made, operation_timeout=ADMIN_S).values():
+        """Take everything away that has a name of this test's own."""
+        if self._own:
+            for removed in self._admin.delete_topics(self._own, operation_timeout=ADMIN_S).values():
                 removed.exception(ADMIN_S)
 
 
