@@ -5,7 +5,7 @@ PYTHON_BIN := $(VENV)/bin/python
 INSTALL := sh deploy/install.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench lock wheel clean
+.PHONY: help run run-kafka test check bench lock wheel clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -13,6 +13,10 @@ help: ## List these targets
 run: ## Install what is missing, then start everything in one process (OSHAANI_PORT, OSHAANI_DATA_DIR)
 	@$(INSTALL) requirements.lock
 	@exec $(VENV)/bin/oshaani up
+
+run-kafka: ## The same around Apache Kafka: one process a role, supervised (needs Java 17 and Maven; OSHAANI_PORT, OSHAANI_DATA_DIR)
+	@$(INSTALL) requirements.lock
+	@exec $(VENV)/bin/oshaani up --kafka
 
 test: check ## Everything CI does: linters, types, import contracts, all tests
 	$(PYTHON_BIN) -m pytest -n 2
