@@ -32,7 +32,17 @@ from domain.event_log import LogUnavailable, StoredEvent
 from oshaani.log_tail import LogTail
 from oshaani.metrics import PlatformMetrics
 from oshaani.process import Ending, http, listening, quieten_collector
+from oshaani.role_metrics import (
+    LogHeads,
+    ProcessorMetrics,
+    ProjectionMetrics,
+    watch_lease,
+    watch_process,
+    watch_processor,
+    watch_relay,
+)
 from oshaani.settings import Settings
+from oshaani.store_metrics import StoreMetrics
 from oshaani.wiring import LAG_MAX, PROCESSORS, Core, core_of, means_of, open_log, server_of, utc_now, work_of
 from oshaani.worker_http import Ready, worker_app
 from projections.catching_up import CheckpointWatch
@@ -88,6 +98,7 @@ async def api(settings: Settings, dsn: str, announce: Announce) -> None:
             means = await stack.enter_async_context(means_of(core))
             feed, hints = KafkaTurnFeed(TURN_STREAM.name), Hints(dsn)
             server = await stack.enter_async_context(server_of(core, means, feed, lambda: _serves(core)))
+            watch_process(server.metrics, life.role)
             metrics = PlatformMetrics(server.metrics, lambda: {"commands": core.bus.waiting})
 
             def followed(row: StoredEvent) -> bool:
@@ -133,6 +144,8 @@ async def relay(settings: Settings, dsn: str, announce: Announce) -> None:
         hints = Hints(dsn)
         carrying = Relay(log, PostgresLeases(pool), KafkaConfig.of(settings), life.name, work_types())
         hints.on_hint(lambda heads: carrying.wake())
+        metrics, heads = CollectorRegistry(), LogHeads(log)
+        watch_relay(metrics, carrying, lambda: heads.latest)
 
         async def ready() -> Sequence[Check]:
             ranges = f"serves ranges {', '.join(map(str, carrying.held_ranges)) or 'none'}"
@@ -143,8 +156,8 @@ async def relay(settings: Settings, dsn: str, announce: Announce) -> None:
                 Check("relay", not stuck, stuck or ranges),
             ]
 
-        await stack.enter_async_context(operators(settings, life, ready, CollectorRegistry(), announce))
-        async with ending.parts({"hints": hints.run(), "relay": carrying.run()}):
+        await stack.enter_async_context(operators(settings, life, ready, metrics, announce))
+        async with ending.parts({"hints": hints.run(), "relay": carrying.run(), "heads": heads.run()}):
             await ending.wait()
             await carrying.drain(DRAIN_S)
     ending.check()
@@ -164,13 +177,17 @@ async def projector(settings: Settings, dsn: str, announce: Announce) -> None:
     async with AsyncExitStack() as stack:
         core = await stack.enter_async_context(core_of(settings, dsn, projecting=False))
         leases = PostgresLeases(core.pool)
-        working = Working(core, KafkaConfig.of(settings), life)
+        metrics = CollectorRegistry()
+        store = StoreMetrics(metrics)
+        working = Working(core, KafkaConfig.of(settings), life, ProjectionMetrics(metrics))
+        watch_lease(metrics, PROJECTOR_LEASE, lambda: working.epoch)
 
         async def ready() -> Sequence[Check]:
             return [await _database(core), working.check()]
 
-        await stack.enter_async_context(operators(settings, life, ready, CollectorRegistry(), announce))
-        await stack.enter_async_context(ending.parts({"projector": working.run(leases)}))
+        await stack.enter_async_context(operators(settings, life, ready, metrics, announce))
+        parts = {"projector": working.run(leases), "database metrics": store.run(core.pool)}
+        await stack.enter_async_context(ending.parts(parts))
         await ending.wait()
     ending.check()
 
@@ -189,7 +206,9 @@ async def processor(settings: Settings, dsn: str, announce: Announce, name: str)
             work.publication = await stack.enter_async_context(_publication(core, config, life))
         supplies = Supplies(work, core.log, core.records, PostgresParkedRecords(core.pool))
         slot = Slot(leases, settings.slot) if settings.slot else None
-        host = FaustHost(DISTRIBUTED[name], supplies, WorkerKafka(config), slot)
+        measured = ProcessorMetrics(metrics, name).measured(DISTRIBUTED[name])
+        host = FaustHost(measured, supplies, WorkerKafka(config), slot)
+        watch_processor(metrics, name, lambda: host.state)
         counted = PlatformMetrics(
             metrics,
             lambda: {
@@ -246,9 +265,9 @@ async def _sent(feed: KafkaTurnFeed, config: KafkaConfig, life: Life) -> None:
 class Working:
     """Applies the log while it has the lease."""
 
-    def __init__(self, core: Core, config: KafkaConfig, life: Life) -> None:
+    def __init__(self, core: Core, config: KafkaConfig, life: Life, metrics: ProjectionMetrics) -> None:
         self._config, self._life = config, life
-        self._runner = Runner(core.pool, deadline, core.log, core.records, linger_s=LINGER_S)
+        self._runner = Runner(core.pool, deadline, core.log, core.records, metrics=metrics, linger_s=LINGER_S)
         self.epoch: int | None = None
 
     async def run(self, leases: PostgresLeases) -> None:
@@ -307,6 +326,7 @@ async def operators(
     settings: Settings, life: Life, ready: Ready, metrics: CollectorRegistry, announce: Announce
 ) -> AsyncIterator[None]:
     """The pages of a worker process, while the block runs."""
+    watch_process(metrics, life.role)
     with listening(settings.worker_host, settings.worker_port, "OSHAANI_WORKER_PORT") as listener:
         app = worker_app(life.role, life.slot, ready, metrics, settings.metrics_token)
         async with http(app, listener):

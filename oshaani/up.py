@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from oshaani.process import Ending, http, listening, quieten_collector
+from oshaani.role_metrics import watch_process
 from oshaani.settings import Settings
+from oshaani.store_metrics import StoreMetrics
 from oshaani.wiring import Platform, core_of, database, migrate, platform
 
 log_of = logging.getLogger(__name__)
@@ -45,7 +47,9 @@ async def up(settings: Settings, announce: Callable[[Settings], None]) -> None:
 async def served(running: Platform, listener: socket.socket, ending: Ending) -> AsyncIterator[None]:
     """Everything at work while the block runs: read models first, then processors, then HTTP."""
     core = running.core
+    watch_process(running.server.metrics, "up")
     parts = {
+        "database metrics": StoreMetrics(running.server.metrics).run(core.pool),
         "projector": core.projector.run(),
         "processors": running.host.run(),
         "heartbeat": running.sweeper.beat(),
