@@ -1,8 +1,8 @@
 """JSON Schemas of the events as the log has them, written to schemas/events.
 
-`python -m schemas.generate` writes them, and those of what is published (`schemas.public_forms`). It refuses a change
-that consumers, or the log itself, would not survive unless the event type has a new version. The schema of an old
-version stays.
+`python -m schemas.generate` writes them, those of what is published (`schemas.public_forms`), and the document about
+that (`schemas.asyncapi`). It refuses a change that consumers, or the log itself, would not survive unless the event
+type has a new version. The schema of an old version stays.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def bring_up_to_date(current: Mapping[Path, Json]) -> list[str]:
 
 
 if __name__ == "__main__":
-    from schemas import public_forms
+    from schemas import asyncapi, public_forms
 
     if reasons := generate() + public_forms.generate():
         sys.exit("\n".join(reasons))
+    asyncapi.FILE.write_text(asyncapi.written(), "utf-8")

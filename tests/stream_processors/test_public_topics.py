@@ -64,10 +64,10 @@ class Subscriber:
 
     async def take(self, records: Sequence[AnyRecord]) -> Subscriber:
         (handler,) = set(public_topics.handlers.values())
-        for record in records:
-            later = await handler(record, self.work)
-            if later is not None:
-                await later
+        later = [await handler(record, self.work) for record in records]
+        for rest in later:
+            assert rest is not None
+            await rest
         return self
 
     def of(self, *names: str) -> list[dict[str, Any]]:
@@ -267,7 +267,9 @@ async def test_a_worker_that_comes_too_late_ends_with_the_latest_balance(staged:
 
 async def test_catching_up_publishes_the_latest_state_and_not_all_before_it(staged: Staged) -> None:
     stage = await told_a_story(staged)
-    subscriber = await Subscriber(stage, late=True).take(await stage.happened())
+    subscriber = Subscriber(stage, late=True)
+    for record in await stage.happened():
+        await subscriber.take([record])
     balances = [m for m in subscriber.messages if m.topic == "oshaani.credit.balance.v1"]
     assert len(balances) == 2  # the first, and the one found when looking again
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import MessageSizeTooLargeError
-from confluent_kafka import Consumer, TopicPartition
 
 from adapters.kafka import publisher as publishing
 from adapters.kafka.broker import KafkaServer
@@ -20,6 +19,7 @@ from adapters.kafka.publisher import kafka_publisher
 from domain.ports import PublicMessage
 from schemas.topics import PUBLIC, RECORD_BYTES_MAX
 from tests.peers.brokers import PrivateTopics
+from tests.programs.asyncapi_consumer import read_all
 
 PATIENCE_S = 60.0
 TURNS = PUBLIC["turn"]
@@ -29,30 +29,17 @@ def opening(servers: str) -> Callable[[], AbstractAsyncContextManager[AIOKafkaPr
     return lambda: open_producer(KafkaConfig.at(servers), "test")
 
 
-def read_all(servers: str, topic: str) -> list[tuple[str, bytes | None, dict[str, bytes]]]:
+def read(servers: str, topic: str) -> list[tuple[str, bytes | None, dict[str, bytes]]]:
     """Everything on a topic, by a client that is not ours."""
-    consumer = Consumer({"bootstrap.servers": servers, "group.id": "unused", "enable.auto.commit": False})
-    found = []
-    try:
-        partitions = consumer.list_topics(topic, timeout=PATIENCE_S).topics[topic].partitions
-        for partition in partitions:
-            place = TopicPartition(topic, partition, 0)
-            low, high = consumer.get_watermark_offsets(place, timeout=PATIENCE_S)
-            consumer.assign([place])
-            while low < high:
-                message = consumer.poll(PATIENCE_S)
-                assert message is not None
-                assert message.error() is None
-                low = message.offset() + 1
-                found.append((message.key().decode(), message.value(), dict(message.headers() or [])))
-    finally:
-        consumer.close()
-    return found
+    return [
+        (message.key().decode(), message.value(), dict(message.headers() or []))
+        for message in read_all(servers, topic)[1]
+    ]
 
 
 def numbers_by_key(servers: str, topic: str) -> dict[str, list[int]]:
     found = defaultdict(list)
-    for key, value, _ in read_all(servers, topic):
+    for key, value, _ in read(servers, topic):
         assert value is not None
         found[key].append(int(value))
     return found
@@ -76,7 +63,7 @@ async def test_messages_arrive_once_and_in_order_per_key(broker: str, topics: Pr
             await asyncio.gather(*acknowledged)
         assert publisher.waiting == 0
     assert numbers_by_key(broker, topic.name) == {f"key {k}": list(range(200)) for k in range(3)}
-    assert read_all(broker, topic.name)[0][2] == {"ce_id": b"0"}
+    assert read(broker, topic.name)[0][2] == {"ce_id": b"0"}
 
 
 async def test_a_key_without_value_is_a_tombstone(broker: str, topics: PrivateTopics) -> None:
@@ -84,7 +71,7 @@ async def test_a_key_without_value_is_a_tombstone(broker: str, topics: PrivateTo
     async with kafka_publisher(opening(broker)) as publisher:
         await (await publisher.send([PublicMessage(topic.name, "gone", None)]))
         await (await publisher.send([]))
-    assert read_all(broker, topic.name) == [("gone", None, {})]
+    assert read(broker, topic.name) == [("gone", None, {})]
 
 
 async def test_a_message_that_no_broker_takes_fails_alone(broker: str, topics: PrivateTopics) -> None:
