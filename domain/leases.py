@@ -25,13 +25,15 @@ class Lease:
 class Mark(NamedTuple):
     """How far a shard of the log has come on a topic.
 
-    `next_offset` is one after the last record that the broker has acknowledged on the shard's partition.
+    `next_offset` is one after the last record that the broker has acknowledged on the shard's partition; the topic was
+    begun with the event after position `began`.
     """
 
     topic: str
     shard: int
     position: int
     next_offset: int
+    began: int = 0
 
 
 class Leases(Protocol):

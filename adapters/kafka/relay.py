@@ -72,10 +72,12 @@ class RelayOptions:
 class _Cursor:
     """How far a shard has come on a topic: read from the log, and acknowledged by the broker."""
 
-    __slots__ = ("acked", "flight", "lane", "read", "saved", "topic", "types")
+    __slots__ = ("acked", "began", "flight", "lane", "read", "saved", "topic", "types")
 
-    def __init__(self, topic: str, types: Collection[str] | None, lane: Lane, position: int) -> None:
-        self.topic, self.types, self.lane = topic, types, lane
+    def __init__(
+        self, topic: str, types: Collection[str] | None, lane: Lane, position: int, began: int
+    ) -> None:
+        self.topic, self.types, self.lane, self.began = topic, types, lane, began
         self.read = self.acked = position
         self.saved: int | None = position
         # Positions that are reached as soon as the lane has so many acknowledged records.
@@ -93,7 +95,7 @@ class _Cursor:
         return self.acked
 
     def mark(self, shard: int) -> Mark:
-        return Mark(self.topic, shard, self.settle(), self.lane.next_offset)
+        return Mark(self.topic, shard, self.settle(), self.lane.next_offset, self.began)
 
 
 class _Shard:
@@ -372,7 +374,7 @@ class _Session:
         lane.next_offset = max(lane.next_offset, ends[to])
         types = self._relay._topics[topic]
         if mark is not None and mark.next_offset <= ends[to] and to not in self._broker.restarted:
-            return _Cursor(topic, types, lane, mark.position)
+            return _Cursor(topic, types, lane, mark.position, mark.began)
         start = await first_kept(self._log, shard, _RETENTION_S.get(topic))
         if mark is not None:
             start = min(start, mark.position)
@@ -383,7 +385,7 @@ class _Session:
                 shard,
                 start + 1,
             )
-        cursor = _Cursor(topic, types, lane, start)
+        cursor = _Cursor(topic, types, lane, start, start)
         cursor.saved = None
         return cursor
 

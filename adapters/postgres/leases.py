@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS relay_mark (
     shard       smallint NOT NULL,
     position    bigint   NOT NULL,
     next_offset bigint   NOT NULL,                 -- on the shard's partition, after the last record acknowledged
+    began       bigint   NOT NULL,                 -- the position before the first event that was sent there
     PRIMARY KEY (topic, shard)
 ) WITH (fillfactor = 10);
 """
@@ -50,16 +51,16 @@ _HELD = """
      ORDER BY name
 """
 _UPSERT = """
-    INSERT INTO relay_mark SELECT m.* FROM unnest(%b, %b, %b, %b) m(topic, shard, position, next_offset), allowed
+    INSERT INTO relay_mark SELECT m.* FROM unnest(%b, %b, %b, %b, %b) m, allowed
         ON CONFLICT (topic, shard) DO UPDATE
-       SET position = excluded.position, next_offset = excluded.next_offset
+       SET position = excluded.position, next_offset = excluded.next_offset, began = excluded.began
 """
 # Whoever acquires the lease meanwhile waits for this statement, and then finds what it saved.
 _SAVE_MARKS = f"""
     WITH allowed AS (SELECT 1 FROM lease WHERE name = %b AND epoch = %b FOR SHARE), saved AS ({_UPSERT})
     SELECT count(*) FROM allowed
 """
-_MARKS = "SELECT topic, shard, position, next_offset FROM relay_mark ORDER BY topic, shard"
+_MARKS = "SELECT topic, shard, position, next_offset, began FROM relay_mark ORDER BY topic, shard"
 _REWIND = f"""
     WITH allowed AS (
         INSERT INTO lease AS l VALUES (%b, '', 1, '-infinity')
@@ -122,4 +123,5 @@ def _columns(marks: Collection[Mark]) -> tuple[Any, ...]:
         smallints([mark.shard for mark in marks]),
         bigints([mark.position for mark in marks]),
         bigints([mark.next_offset for mark in marks]),
+        bigints([mark.began for mark in marks]),
     )

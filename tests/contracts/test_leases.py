@@ -148,7 +148,7 @@ async def test_no_epoch_comes_twice(two: tuple[Leases, Leases]) -> None:
 
 async def test_marks_are_kept_under_the_epoch_of_the_lease(leases: Leases) -> None:
     epoch = await acquired(leases, "relay/0", "a")
-    first = [Mark("log", 0, 3, 17), Mark("log", 4, 1, 1), Mark("work", 0, 3, 2)]
+    first = [Mark("log", 0, 3, 17), Mark("log", 4, 1, 1, began=0), Mark("work", 0, 3, 2, began=2)]
     assert await leases.save_marks("relay/0", epoch, first)
     assert await leases.save_marks("relay/0", epoch, [Mark("log", 0, 4, 18)])
     assert await leases.marks() == [Mark("log", 0, 4, 18), *first[1:]]
