@@ -5,7 +5,7 @@ PYTHON_BIN := $(VENV)/bin/python
 INSTALL := sh deploy/install.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run run-kafka test check bench lock wheel clean
+.PHONY: help run run-kafka test kafka check bench lock wheel clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -18,8 +18,12 @@ run-kafka: ## The same around Apache Kafka: one process a role, supervised (need
 	@$(INSTALL) requirements.lock
 	@exec $(VENV)/bin/oshaani up --kafka
 
-test: check ## Everything CI does: linters, types, import contracts, all tests
+test: kafka check ## Everything CI does: linters, types, import contracts, all tests (needs Java 17 and Maven)
 	$(PYTHON_BIN) -m pytest -n 2
+
+kafka: ## Fetch Apache Kafka with Maven, once, for the tests and `make run-kafka`
+	@$(INSTALL) requirements-dev.lock
+	@$(PYTHON_BIN) -m adapters.kafka.programs
 
 check: ## The part of `make test` that runs no test
 	@$(INSTALL) requirements-dev.lock
