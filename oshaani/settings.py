@@ -81,6 +81,7 @@ class Settings:
     egress_ports: tuple[int, ...]
     free_credits_ncr: int
     given_master_key: bytes | None = field(repr=False)
+    previous_master_keys: tuple[bytes, ...] = field(repr=False)
     master_key_file: Path
     plans: Mapping[str, Limits] = field(repr=False)
     metrics_token: str | None = field(repr=False)
@@ -262,6 +263,14 @@ TABLE: tuple[Setting, ...] = (
         ("OSHAANI_MASTER_KEY",),
         shapes.KEY,
         "Wraps the vault's keys. Required with DATABASE_URL, here or in a file.",
+        masked=shapes.hidden,
+    ),
+    Setting(
+        "previous_master_keys",
+        ("OSHAANI_PREVIOUS_MASTER_KEYS",),
+        shapes.KEYS,
+        "Keys that still wrap something: the old one while `oshaani master-key rotate` has not run, or the one to come.",
+        "",
         masked=shapes.hidden,
     ),
     Setting(

@@ -177,6 +177,10 @@ def key_of(text: str) -> bytes:
     return key
 
 
+def _keys(text: str) -> tuple[bytes, ...]:
+    return tuple(key_of(part) for part in _listed(text))
+
+
 def _log_level(text: str) -> str:
     if text.lower() not in LOG_LEVELS:
         raise ValueError(text)
@@ -231,6 +235,7 @@ CREDITS = Shape("an amount of credits, 0 or more, at most 9 decimals", "200", _c
 FOLDER = Shape("a folder", "/var/lib/oshaani", _folder)
 FILE = Shape("a file", "/etc/oshaani/master.key", _folder)
 KEY = Shape("32 bytes in base64", "$(openssl rand -base64 32)", key_of)
+KEYS = Shape("keys of 32 bytes in base64, separated by commas", "$(cat master.key.old)", _keys)
 LOG_LEVEL = Shape(f"one of {', '.join(LOG_LEVELS)}", "info", _log_level)
 SECONDS = Shape(f"a number of seconds above 0, at most {SECONDS_MAX:.0f}", "60", _seconds)
 DAYS = Shape(f"a whole number of days from 1 to {SESSION_DAYS_MAX}", "14", _days)

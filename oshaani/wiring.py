@@ -19,7 +19,7 @@ from adapters.egress.client import EgressClient
 from adapters.memory.turn_feed import MemoryTurnFeed
 from adapters.object_stores.files import FileObjectStore
 from adapters.passwords import Argon2Passwords
-from adapters.postgres import identity, key_ring, leases, parked_records, vault
+from adapters.postgres import identity, key_ring, leases, parked_records, server_secret, vault
 from adapters.postgres.embedded import embedded_postgres
 from adapters.postgres.event_log import PostgresEventLog, run_script
 from adapters.postgres.pool import deadline, open_pool
@@ -82,7 +82,7 @@ class Core:
     db: ReadSide
     keys: HmacApiKeys
     logins: identity.PostgresLogins
-    secret: bytes  # what the server signs with, derived from the master key
+    secret: bytes  # what the server signs with
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class Platform:
 async def migrate(dsn: str) -> None:
     """Create or bring up to date everything in the database; safe to run again, and by several at once."""
     await PostgresEventLog(dsn).migrate()
-    parts = (key_ring, vault, identity, leases, parked_records)
+    parts = (key_ring, vault, server_secret, identity, leases, parked_records)
     await run_script(dsn, "\n".join([*(each.TABLES for each in parts), _SEQUENCE]))
 
 
@@ -145,17 +145,18 @@ async def core_of(settings: Settings, dsn: str, *, projecting: bool = True) -> A
 
     `projecting`: whether this process runs `Core.projector`; without it, readers look at the checkpoints.
     """
-    key = master_key(settings)
+    key, others = master_key(settings), settings.previous_master_keys
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(open_pool(dsn, READ_CONNECTIONS))
         log = await stack.enter_async_context(open_log(dsn))
-        ring = key_ring.PostgresKeyRing(pool, key)
+        ring = key_ring.PostgresKeyRing(pool, key, others)
         records = Records(ring, FileObjectStore(settings.data_dir / "objects"))
         rules = Rules(settings.plans, settings.free_credits_ncr, settings.turn_deadline_s)
         bus = Bus(log, records, rules, utc_now)
         projector = Runner(pool, deadline, log, records)
         db = ReadSide(pool, deadline, projector.caught_up if projecting else CheckpointWatch(pool, deadline))
-        secret = derive(key, "server")
+        root = await server_secret.server_secret(pool, key, others)
+        secret = derive(root, "server")
         yield Core(
             settings=settings,
             dsn=dsn,
@@ -163,11 +164,11 @@ async def core_of(settings: Settings, dsn: str, *, projecting: bool = True) -> A
             log=log,
             records=records,
             key_ring=ring,
-            vault=vault.PostgresVault(pool, key),
+            vault=vault.PostgresVault(pool, key, others),
             bus=bus,
             projector=projector,
             db=db,
-            keys=HmacApiKeys(key),
+            keys=HmacApiKeys(root),
             logins=identity.PostgresLogins(pool, derive(secret, "e-mail addresses")),
             secret=secret,
         )

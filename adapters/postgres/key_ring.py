@@ -197,12 +197,12 @@ async def _insert_and_read(
         return [(row_id, wrapped) for row_id, wrapped in await cursor.fetchall()]
 
 
-async def rewrap(pool: Pool, old: bytes, new: bytes, table: KeyTable = DATA_KEYS) -> int:
-    """Wrap every key that master key `old` wrapped with `new` instead; how many that were.
+async def rewrap(pool: Pool, old: Sequence[bytes], new: bytes, table: KeyTable = DATA_KEYS) -> int:
+    """Wrap every key that one of the master keys `old` wrapped with `new` instead; how many that were.
 
     Safe beside running processes that have both keys, and safe to run again after it was cut off.
     """
-    master = MasterKey(new, [old])
+    master = MasterKey(new, old)
     changed_count = 0
     after = UUID(int=0)
     while rows := await _read_batch(pool, table, after):

@@ -9,7 +9,6 @@ from uuid import UUID, uuid4
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from adapters.crypto import MasterKey, seal, unseal
-from adapters.postgres import key_ring
 from adapters.postgres.key_ring import KeyTable, Pool, connected, ensure_keys
 from adapters.vault import checked_secret, secret_aad, secret_id_of, secret_ref_of
 
@@ -98,8 +97,3 @@ class PostgresVault:
         while len(self._ciphers) > CACHE_COUNT_MAX:
             self._ciphers.popitem(last=False)
         return cipher
-
-
-async def rewrap(pool: Pool, old: bytes, new: bytes) -> int:
-    """Wrap every tenant's key that master key `old` wrapped with `new` instead, as `key_ring.rewrap` does."""
-    return await key_ring.rewrap(pool, old, new, VAULT_KEYS)

@@ -1,4 +1,4 @@
-"""`oshaani version` and `oshaani settings`: what this is, and how it is set up."""
+"""`oshaani version`, `settings` and `master-key`: what this is, and how it is set up."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import sys
 import typer
 
 from oshaani import __version__
-from oshaani.cli import show
+from oshaani.cli import master_key, show
 from oshaani.cli.session import quiet_settings
 from oshaani.cli.show import AsJson
 from oshaani.settings import UNSET, describe
 
 app = typer.Typer()
+app.add_typer(master_key.app, name="master-key")
 
 
 @app.command()

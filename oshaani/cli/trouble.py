@@ -44,7 +44,7 @@ def _sayings() -> tuple[tuple[tuple[type[Exception], ...], str], ...]:
         (
             (UnknownMasterKey, NotAuthentic),
             "what is stored was sealed under another master key ({}); set the right OSHAANI_MASTER_KEY or "
-            "OSHAANI_MASTER_KEY_FILE",
+            "OSHAANI_MASTER_KEY_FILE, or name the old one in OSHAANI_PREVIOUS_MASTER_KEYS",
         ),
         ((ReadSideUnavailable,), "the read models cannot be used: {}; see `oshaani doctor`"),
         ((PartLost,), "a part of this process ended by itself ({}); the log above says why"),

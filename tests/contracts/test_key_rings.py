@@ -154,8 +154,8 @@ async def test_the_master_key_is_replaced_while_the_ring_is_in_use(tables: Pool)
     await both.ensure([subject])
     assert both.open(subject, sealed, AAD) == TEXT
 
-    assert await rewrap(tables, MASTER_KEY, NEW_MASTER_KEY) >= 601
-    assert await rewrap(tables, MASTER_KEY, NEW_MASTER_KEY) == 0
+    assert await rewrap(tables, [MASTER_KEY], NEW_MASTER_KEY) >= 601
+    assert await rewrap(tables, [MASTER_KEY], NEW_MASTER_KEY) == 0
 
     new = PostgresKeyRing(tables, NEW_MASTER_KEY)
     await new.ensure([subject, erased])

@@ -9,8 +9,8 @@ import pytest
 
 from adapters.crypto import NotAuthentic, UnknownMasterKey
 from adapters.memory.vault import MemoryVault
-from adapters.postgres.key_ring import Pool
-from adapters.postgres.vault import PostgresVault, rewrap
+from adapters.postgres.key_ring import Pool, rewrap
+from adapters.postgres.vault import VAULT_KEYS, PostgresVault
 from adapters.vault import SECRET_CHARS_MAX
 from domain.ports import Vault
 from tests.peers.secret_tables import tables
@@ -106,7 +106,7 @@ async def test_the_master_key_is_replaced_while_the_vault_is_in_use(tables: Pool
     tenant = uuid4()
     ref = await PostgresVault(tables, MASTER_KEY).put(tenant, "name", SECRET)
     assert await PostgresVault(tables, NEW_MASTER_KEY, [MASTER_KEY]).get(tenant, ref) == SECRET
-    assert await rewrap(tables, MASTER_KEY, NEW_MASTER_KEY) >= 1
+    assert await rewrap(tables, [MASTER_KEY], NEW_MASTER_KEY, VAULT_KEYS) >= 1
     assert await PostgresVault(tables, NEW_MASTER_KEY).get(tenant, ref) == SECRET
     with pytest.raises(UnknownMasterKey):
         await PostgresVault(tables, MASTER_KEY).get(tenant, ref)

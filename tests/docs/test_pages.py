@@ -27,7 +27,7 @@ NOT_SETTINGS = {CONFIG_VARIABLE, "OSHAANI_USER_PASSWORD"}  # of the settings the
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FILE = re.compile(rf"`((?:{FOLDERS})/[\w./-]+\.(?:py|sql|md|sh|json))`")
 _SETTING = re.compile(r"\b(?:OSHAANI|KAFKA|OPENAI|OLLAMA|AWS|FREE_CREDITS|DATABASE)_[A-Z_]*[A-Z]\b")
-_COMMAND = re.compile(r"(?:^|`)oshaani ((?:[a-z]+ ?)+)", re.MULTILINE)
+_COMMAND = re.compile(r"(?:^|`)oshaani ((?:[a-z-]+ ?)+)", re.MULTILINE)
 _ROUTE = re.compile(
     r"(?:GET|POST|PATCH|PUT|DELETE) `?(/api/[\w/{}-]+)|\$BASE(/api/[\w/${}-]+)|:8080(/api/[\w/${}-]+)"
 )

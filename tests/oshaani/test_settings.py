@@ -180,7 +180,7 @@ def test_all_faults_are_reported_together():
 
 def test_every_example_in_the_table_but_the_keys_recipe_is_itself_right():
     for setting in TABLE:
-        if setting.field != "given_master_key":
+        if setting.field not in ("given_master_key", "previous_master_keys"):
             setting.shape.read(setting.shape.example.strip("'"))
 
 

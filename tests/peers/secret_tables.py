@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import psycopg
 import pytest
 
-from adapters.postgres import key_ring, vault
+from adapters.postgres import key_ring, server_secret, vault
 from adapters.postgres.key_ring import Pool
 from adapters.postgres.pool import SCHEMA, open_pool
 
@@ -21,5 +21,6 @@ async def tables(database_url: str) -> AsyncIterator[Pool]:
         await connection.execute(f"SET search_path TO {SCHEMA}")
         await connection.execute(key_ring.TABLES)
         await connection.execute(vault.TABLES)
+        await connection.execute(server_secret.TABLES)
     async with open_pool(database_url, CONNECTION_COUNT) as pool:
         yield pool
