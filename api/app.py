@@ -22,6 +22,7 @@ from api import (
     conversations,
     models,
     operators,
+    published,
     requests,
     simple,
     tools,
@@ -52,6 +53,7 @@ ROUTERS = (
     billing.router,
     auth.router,
     operators.router,
+    published.router,
 )
 
 

@@ -24,7 +24,7 @@ from schemas.public_facts import FACT_NAMES, AgentState, CreditBalance
 from schemas.public_forms import PublicForm, public_forms
 from schemas.topics import AGENT_STATE, CREDIT_BALANCE, PREFIX, PUBLIC, Topic
 
-FILE = Path(__file__).parent / "asyncapi.json"
+FILE: Path = Path(__file__).parent / "asyncapi.json"
 VERSION = "1.0.0"  # of the contract; forms of messages have versions of their own
 BINDING = "0.5.0"  # of Kafka's part of the document
 STATES: Mapping[str, Topic] = {FACT_NAMES[AgentState]: AGENT_STATE, FACT_NAMES[CreditBalance]: CREDIT_BALANCE}

@@ -19,7 +19,10 @@ from domain.ids import shard_of
 from tests.api.client import Answer, Client, Person
 from tests.api.platform import Platform
 
-PUBLIC = {"register", "logIn", "getHealth", "getReadiness", "getMetrics", "getOpenapi", "getDocs"}
+PUBLIC = {"register", "logIn", "getHealth", "getReadiness", "getMetrics", "getOpenapi", "getDocs"} | {
+    "getAsyncapi",
+    "getEventSchema",
+}
 # About the caller only: nothing in the request names a thing of somebody's.
 OWN_THINGS = {
     "listAgentsOfUser",

@@ -53,6 +53,7 @@ def test_every_operation_says_who_may_call_it_and_what_may_go_wrong(document: Do
     names = [operation["operationId"] for _, _, operation in operations(document)]
     assert len(set(names)) == len(names)
     public = {"register", "logIn", "getHealth", "getReadiness", "getMetrics", "getOpenapi", "getDocs"}
+    public |= {"getAsyncapi", "getEventSchema"}
     for method, path, operation in operations(document):
         assert operation["description"], path
         assert bool(operation["security"]) == (operation["operationId"] not in public), path
