@@ -147,10 +147,11 @@ async def _read_models(connection: Connection, is_running: bool) -> Finding:
 
 
 async def _parked(connection: Connection) -> Finding:
-    (count,) = await _row(connection, "SELECT count(*) FROM parked")
-    if not count:
+    (shown,) = await _row(connection, "SELECT count(*) FROM parked")
+    (worked,) = await _row(connection, "SELECT count(*) FROM parked_record")
+    if not shown and not worked:
         return ok("parked streams", "none")
-    detail = f"{count} streams wait because a read model could not apply an event"
+    detail = f"{shown} wait for a read model, {worked} for a processor that could not handle an event"
     return fail("parked streams", detail, "see `oshaani parked list`, then `oshaani parked retry` or `skip`")
 
 

@@ -12,6 +12,7 @@ from oshaani.cli import (
     audit,
     doctor,
     events,
+    parked,
     people,
     quickstart,
     read_models,
@@ -33,7 +34,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for family in (serve, roles, quickstart, people, about, doctor, events, turns, read_models, topics, audit):
+for family in (
+    serve,
+    roles,
+    quickstart,
+    people,
+    about,
+    doctor,
+    events,
+    turns,
+    read_models,
+    parked,
+    topics,
+    audit,
+):
     app.add_typer(family.app)
 
 

@@ -341,4 +341,4 @@ def test_nothing_is_parked_on_a_healthy_server(on_server: Cli, server: Up) -> No
     assert on_server("projections", "rebuild", "nope").code == 1
     stream = "00000000-0000-0000-0000-000000000001"
     assert "does not wait" in on_server("parked", "retry", "users", stream).err
-    assert "--yes" in on_server("parked", "skip", "users", stream).err
+    assert "--yes" in on_server("parked", "skip", "users", stream, "--reason", "a test").err
