@@ -314,6 +314,8 @@ async def _offsets(
     everything = [TopicPartition(name, number) for name, count in topics.items() for number in range(count)]
     if not everything:
         return {}, {}
+    # Asked for together; it would ask for the leaders of one topic after the other, a tenth of a second each.
+    await reader._client.set_topics(topics)
     return await reader.beginning_offsets(everything), await reader.end_offsets(everything)
 
 
