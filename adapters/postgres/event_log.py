@@ -10,25 +10,15 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from importlib.resources import files
-from typing import Any, LiteralString, cast
+from typing import Any, LiteralString, NamedTuple, cast
 from uuid import UUID
 
 import psycopg
 from psycopg import sql
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from adapters.postgres.arrays import (
-    Array,
-    bigints,
-    booleans,
-    byteas,
-    instant_of,
-    ints,
-    smallints,
-    texts,
-    timestamps,
-    uuids,
-)
+from adapters.postgres import rows
+from adapters.postgres.arrays import BigintArray, SmallintArray, bigints, instant_of, smallints, uuids
 from adapters.postgres.pool import LOG_PLANS, SCHEMA, connect, deadline, open_pool
 from adapters.postgres.prepared import PreparedCall
 from domain.event_log import (
@@ -51,7 +41,9 @@ Connection = psycopg.AsyncConnection[Any]
 
 CALL_S = 4.0  # what one call of the log may take before its connection is cut
 READERS = 3
-_append_call = PreparedCall("append")
+# The types of heads; the server knows those of the rows from the function.
+_APPEND_TYPES = (SmallintArray.type_oid, BigintArray.type_oid, BigintArray.type_oid, 0, 0, 0)
+_ROW_TYPES = "SELECT 'new_event'::regtype::oid, 'new_command'::regtype::oid, 'due_change'::regtype::oid"
 _HEADS = "SELECT shard, head FROM shard WHERE shard = ANY (%b) ORDER BY shard"
 _EVENT_COLUMNS = (
     "shard, position, tenant_id, stream_id, stream_version, type, schema_version, payload, personal, subject_id,"
@@ -138,7 +130,7 @@ class PostgresEventLog:
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
-        self._writer: Connection | None = None
+        self._writer: _Writer | None = None
         self._writing = asyncio.Lock()
         self._stack = AsyncExitStack()
         self._pool: AsyncConnectionPool[Any] | None = None
@@ -161,10 +153,10 @@ class PostgresEventLog:
     async def append(self, batch: Batch) -> datetime:
         """As in `EventLog`."""
         async with self._writing:
-            connection = await self._writer_connection()
+            writer = await self._open_writer()
             try:
-                with deadline(connection, CALL_S):
-                    return await _append(connection, batch)
+                with deadline(writer.connection, CALL_S):
+                    return await writer.append(batch)
             except (HeadMoved, CommandSeen, psycopg.DataError):
                 raise
             except BaseException as failure:
@@ -174,16 +166,16 @@ class PostgresEventLog:
                 raise
 
     @asynccontextmanager
-    async def locked(self, shards: Sequence[int]) -> AsyncIterator[_Locked]:
+    async def locked(self, shards: Sequence[int]) -> AsyncIterator[_Writer]:
         """As in `EventLog`."""
         async with self._writing:
-            connection = await self._writer_connection()
+            writer = await self._open_writer()
             try:
-                with deadline(connection, CALL_S):
-                    async with connection.transaction():
+                with deadline(writer.connection, CALL_S):
+                    async with writer.connection.transaction():
                         query = "SELECT 1 FROM shard WHERE shard = ANY (%b) ORDER BY shard FOR UPDATE"
-                        await connection.execute(query, (smallints(shards),))
-                        yield _Locked(connection)
+                        await writer.connection.execute(query, (smallints(shards),))
+                        yield writer
             except BaseException as failure:
                 # Also after a refusal: with the rollback psycopg forgets what was prepared on the connection.
                 await self._drop_writer()
@@ -277,10 +269,10 @@ class PostgresEventLog:
         except (psycopg.Error, PoolTimeout, OSError) as failure:
             raise LogUnavailable(str(failure)) from failure
 
-    async def _writer_connection(self) -> Connection:
-        if self._writer is None or self._writer.closed:
+    async def _open_writer(self) -> _Writer:
+        if self._writer is None or self._writer.connection.closed:
             try:
-                self._writer = await connect(self._dsn)
+                self._writer = await _writer(self._dsn)
             except (psycopg.Error, OSError, TimeoutError) as failure:
                 raise LogUnavailable(str(failure)) from failure
         return self._writer
@@ -288,20 +280,53 @@ class PostgresEventLog:
     async def _drop_writer(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:
-            await writer.close()
+            await writer.connection.close()
 
 
-class _Locked:
-    """Implements `LockedLog` on a connection whose transaction holds the shards' rows."""
+class RowTypes(NamedTuple):
+    """What this database calls the types of an append's rows."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    event: int
+    command: int
+    due: int
+
+
+class _Writer:
+    """The one connection that appends; implements `LockedLog` while a transaction of it holds shards."""
+
+    def __init__(self, connection: Connection, types: RowTypes) -> None:
+        self.connection, self._types = connection, types
+        self._append = PreparedCall(connection, "append", _APPEND_TYPES)
 
     async def sync(self, heads: Mapping[int, int], streams: Streams) -> Synced:
-        return await _sync(self._connection, heads, streams)
+        return await _sync(self.connection, heads, streams)
 
     async def append(self, batch: Batch) -> datetime:
-        return await _append(self._connection, batch)
+        try:
+            at = await self._append(_arguments(batch, self._types))
+        except psycopg.Error as error:
+            if error.sqlstate == "OS001":
+                raise HeadMoved from error
+            if error.sqlstate == "OS002":
+                raise CommandSeen from error
+            if isinstance(error, psycopg.errors.UniqueViolation):
+                # A stream that was thought new exists: what was known of the shard is wrong as with a moved head.
+                raise HeadMoved from error
+            raise
+        assert at is not None, "append returns the time of record"
+        return instant_of(at)
+
+
+async def _writer(dsn: str) -> _Writer:
+    connection = await connect(dsn)
+    try:
+        with deadline(connection, CALL_S):
+            row = await (await connection.execute(_ROW_TYPES)).fetchone()
+    except BaseException:
+        await connection.close()
+        raise
+    assert row is not None
+    return _Writer(connection, RowTypes(*row))
 
 
 async def run_script(dsn: str, script: str) -> None:
@@ -321,54 +346,20 @@ async def run_script(dsn: str, script: str) -> None:
         raise LogUnavailable(str(failure)) from failure
 
 
-async def _append(connection: Connection, batch: Batch) -> datetime:
-    try:
-        at = await _append_call(connection, _arguments(batch))
-    except psycopg.Error as error:
-        if error.sqlstate == "OS001":
-            raise HeadMoved from error
-        if error.sqlstate == "OS002":
-            raise CommandSeen from error
-        if isinstance(error, psycopg.errors.UniqueViolation):
-            # A stream that was thought new exists: what was known of the shard is wrong as with a moved head.
-            raise HeadMoved from error
-        raise
-    assert at is not None, "append returns the time of record"
-    return instant_of(at)
-
-
-def _arguments(batch: Batch) -> tuple[Array, ...]:
+def _arguments(batch: Batch, types: RowTypes) -> tuple[bytes, ...]:
     counts = dict.fromkeys(batch.heads, 0)
     for event in batch.events:
         counts[event.shard] += 1
-    e = _columns(batch.events, 16)
-    c = _columns(batch.commands, 10)
     # Commands decided together may change the same row; the last one counts.
-    last_due = {(change.shard, change.id): change for change in batch.due}
-    d = _columns(list(last_due.values()), 7)
+    last_due = {(change.shard, change.id.int): change for change in batch.due}
     return (
-        smallints(list(batch.heads)),
-        bigints(list(batch.heads.values())),
-        bigints(list(counts.values())),
-        *(smallints(e[0]), bigints(e[1]), uuids(e[2]), uuids(e[3]), ints(e[4]), texts(e[5]), smallints(e[6])),
-        *(
-            byteas(e[7]),
-            byteas(e[8]),
-            uuids(e[9]),
-            uuids(e[10]),
-            uuids(e[11]),
-            uuids(e[12]),
-            texts(e[13]),
-            texts(e[14]),
-        ),
-        *(smallints(c[0]), uuids(c[1]), uuids(c[2]), texts(c[3]), texts(c[4]), byteas(c[5]), texts(c[6])),
-        *(booleans(c[7]), bigints(c[8]), byteas(c[9])),
-        *(smallints(d[0]), texts(d[1]), uuids(d[2]), uuids(d[3]), uuids(d[4]), timestamps(d[5]), texts(d[6])),
+        smallints(list(batch.heads)).encoded,
+        bigints(list(batch.heads.values())).encoded,
+        bigints(list(counts.values())).encoded,
+        rows.events(types.event, batch.events),
+        rows.commands(types.command, batch.commands),
+        rows.due_changes(types.due, list(last_due.values())),
     )
-
-
-def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[Any]:
-    return list(zip(*rows, strict=True)) if rows else [()] * width
 
 
 async def _sync(connection: Connection, heads: Mapping[int, int], streams: Streams) -> Synced:

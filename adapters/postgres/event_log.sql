@@ -85,16 +85,28 @@ CREATE TABLE IF NOT EXISTS reader (
     PRIMARY KEY (reader, shard)
 ) WITH (fillfactor = 30);
 
--- One append. Positions in `e_position` follow `p_heads`; if a head has moved, nothing is written.
+-- What an append brings, one value a row. The client writes them in binary form: columns, order and types are fixed.
+DO $$ BEGIN
+    CREATE TYPE new_event AS (
+        shard smallint, position bigint, tenant_id uuid, stream_id uuid, stream_version integer, type text,
+        schema_version smallint, payload bytea, personal bytea, subject_id uuid, command_id uuid, correlation_id uuid,
+        causation_id uuid, actor text, traceparent text
+    );
+    CREATE TYPE new_command AS (
+        shard smallint, command_id uuid, tenant_id uuid, type text, actor text, digest bytea, outcome text,
+        remembered boolean, position bigint, result bytea
+    );
+    CREATE TYPE due_change AS (
+        shard smallint, kind text, id uuid, stream_id uuid, tenant_id uuid, due_at timestamptz, claimed_by text
+    );
+EXCEPTION WHEN duplicate_object THEN NULL;
+END $$;
+
+-- One append. The events' positions follow `p_heads`; if a head has moved, nothing is written.
 -- Shards are locked in ascending order, so that two appends cannot deadlock.
 CREATE OR REPLACE FUNCTION append(
     p_shards smallint[], p_heads bigint[], p_counts bigint[],
-    e_shard smallint[], e_position bigint[], e_tenant uuid[], e_stream uuid[], e_version integer[], e_type text[],
-    e_schema smallint[], e_payload bytea[], e_personal bytea[], e_subject uuid[], e_command uuid[],
-    e_correlation uuid[], e_causation uuid[], e_actor text[], e_trace text[],
-    c_shard smallint[], c_id uuid[], c_tenant uuid[], c_type text[], c_actor text[], c_digest bytea[],
-    c_outcome text[], c_remembered boolean[], c_position bigint[], c_result bytea[],
-    d_shard smallint[], d_kind text[], d_id uuid[], d_stream uuid[], d_tenant uuid[], d_at timestamptz[], d_by text[]
+    p_events new_event[], p_commands new_command[], p_due due_change[]
 ) RETURNS timestamptz LANGUAGE plpgsql AS $$
 DECLARE
     at    timestamptz;
@@ -112,30 +124,24 @@ BEGIN
     END IF;
     at := clock_timestamp();                             -- under the lock: time never runs backwards within a shard
     INSERT INTO command AS c
-    SELECT k.*, 1, at
-      FROM unnest(c_shard, c_id, c_tenant, c_type, c_actor, c_digest, c_outcome, c_remembered, c_position, c_result) k
+    SELECT k.*, 1, at FROM unnest(p_commands) k
         ON CONFLICT (shard, command_id) DO UPDATE
        SET tenant_id = excluded.tenant_id, type = excluded.type, actor = excluded.actor, digest = excluded.digest,
            outcome = excluded.outcome, remembered = excluded.remembered, position = excluded.position,
            result = excluded.result, recorded_at = excluded.recorded_at, attempts = c.attempts + 1
      WHERE NOT c.remembered;
     GET DIAGNOSTICS moved = ROW_COUNT;
-    IF moved <> cardinality(c_id) THEN
+    IF moved <> cardinality(p_commands) THEN
         RAISE EXCEPTION 'command seen' USING ERRCODE = 'OS002';
     END IF;
-    IF cardinality(e_shard) > 0 THEN
-        INSERT INTO event
-        SELECT e.*, at
-          FROM unnest(e_shard, e_position, e_tenant, e_stream, e_version, e_type, e_schema, e_payload, e_personal,
-                      e_subject, e_command, e_correlation, e_causation, e_actor, e_trace) e;
+    IF cardinality(p_events) > 0 THEN
+        INSERT INTO event SELECT e.*, at FROM unnest(p_events) e;
     END IF;
-    IF cardinality(d_shard) > 0 THEN
-        DELETE FROM due USING unnest(d_shard, d_id, d_at) d(shard, id, at)
-         WHERE due.shard = d.shard AND due.id = d.id AND d.at IS NULL;
+    IF cardinality(p_due) > 0 THEN
+        DELETE FROM due USING unnest(p_due) d
+         WHERE due.shard = d.shard AND due.id = d.id AND d.due_at IS NULL;
         INSERT INTO due (shard, kind, id, stream_id, tenant_id, due_at, claimed_by)
-        SELECT d.* FROM unnest(d_shard, d_kind, d_id, d_stream, d_tenant, d_at, d_by)
-                        d(shard, kind, id, stream_id, tenant_id, due_at, claimed_by)
-         WHERE d.due_at IS NOT NULL
+        SELECT d.* FROM unnest(p_due) d WHERE d.due_at IS NOT NULL
             ON CONFLICT (shard, id) DO UPDATE
            SET due_at = excluded.due_at, claimed_by = excluded.claimed_by, kept_until = '-infinity';
     END IF;

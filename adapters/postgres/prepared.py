@@ -1,57 +1,55 @@
 """A statement whose parameters are bytes already, sent as they are.
 
-psycopg's own execute looks up a dumper and a type for each parameter on every call; for the 35 columns of an append that
-costs more than building them. This uses psycopg.pq, its low level, and waits the way its cursors do.
+psycopg's own execute looks up a dumper and a type for each parameter on every call; for the rows of an append that
+costs more than encoding them. This uses psycopg.pq, its low level, and waits the way its cursors do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakSet
 
 import psycopg
 from psycopg import generators
 from psycopg.pq import ExecStatus, Format
 from psycopg.pq.abc import PGresult
 
-from adapters.postgres.arrays import Array
-
 Connection = psycopg.AsyncConnection[Any]
 _FAILED = (ExecStatus.FATAL_ERROR, ExecStatus.BAD_RESPONSE)
 
 
 class PreparedCall:
-    """A call of a function by name, prepared once on each connection that makes it."""
+    """A call of a function by name on one connection, prepared at its first use.
 
-    def __init__(self, function: str) -> None:
-        self._name = function.encode()
-        self._prepared: WeakSet[Connection] = WeakSet()
+    `types` are those of the parameters, 0 where the server shall know. Whoever calls sees to it that nobody else uses
+    the connection meanwhile.
+    """
 
-    async def __call__(self, connection: Connection, arguments: Sequence[Array]) -> bytes | None:
-        """The function's result in its binary form. The types of arguments must be the same in every call.
+    def __init__(self, connection: Connection, function: str, types: Sequence[int]) -> None:
+        self._connection, self._name, self._types = connection, function.encode(), types
+        self._formats = [Format.BINARY] * len(types)
+        self._prepared = False
+
+    async def __call__(self, arguments: Sequence[bytes]) -> bytes | None:
+        """The function's result in its binary form.
 
         Raises:
             psycopg.Error: as a cursor would.
         """
-        async with connection.lock:
-            if connection not in self._prepared:
-                await self._prepare(connection, arguments)
-            connection.pgconn.send_query_prepared(
-                self._name,
-                [argument.encoded for argument in arguments],
-                param_formats=[Format.BINARY] * len(arguments),
-                result_format=Format.BINARY,
-            )
-            return (await _result(connection)).get_value(0, 0)
+        connection = self._connection
+        if not self._prepared:
+            await self._prepare()
+        connection.pgconn.send_query_prepared(
+            self._name, arguments, param_formats=self._formats, result_format=Format.BINARY
+        )
+        return (await _result(connection)).get_value(0, 0)
 
-    async def _prepare(self, connection: Connection, arguments: Sequence[Array]) -> None:
-        places = b", ".join(b"$%d" % (number + 1) for number in range(len(arguments)))
-        types = [argument.type_oid for argument in arguments]
+    async def _prepare(self) -> None:
+        places = b", ".join(b"$%d" % (number + 1) for number in range(len(self._types)))
         query = b"SELECT " + self._name + b"(" + places + b")"
-        connection.pgconn.send_prepare(self._name, query, param_types=types)
-        await _result(connection)
-        self._prepared.add(connection)
+        self._connection.pgconn.send_prepare(self._name, query, param_types=self._types)
+        await _result(self._connection)
+        self._prepared = True
 
 
 async def _result(connection: Connection) -> PGresult:
