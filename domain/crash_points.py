@@ -31,6 +31,10 @@ DISTRIBUTED_POINTS = (
     "relay.sent",
     "relay.acked",
     "relay.saved",
+    "host.delivered",
+    "host.handled",
+    "host.parked",
+    "host.acked",
 )
 _armed: dict[str, int] = {}
 

@@ -252,6 +252,7 @@ class Runner:
         if stuck.shard >= 0:
             await self._parked.park(self.processor.name, task.stream_id, task.tenant_id, stuck)
             self._waiting.add(task.stream_id)
+            crash_point("host.parked")
 
     async def _shard_of(self, delivery: Delivery) -> int:
         """Where the stream is; -1: nowhere, the record is none of our log's."""
