@@ -15,8 +15,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
-import struct
 import subprocess
 import threading
 import time
@@ -28,18 +26,10 @@ from pathlib import Path
 import psutil
 
 from adapters.kafka.faults import EmbeddedKafkaFault, KafkaDidNotStart, KafkaFolderUnusable, KafkaPortTaken
-from adapters.kafka.programs import (
-    SERVER,
-    KafkaPrograms,
-    Say,
-    free_ports,
-    is_free,
-    kafka_programs,
-    write_settings,
-)
+from adapters.kafka.node import SERVER, answers, free_ports, is_free, nodes_on, write_settings
+from adapters.kafka.programs import KafkaPrograms, Say, kafka_programs
 
 START_TIMEOUT_S = 90.0
-ANSWER_TIMEOUT_S = 5.0
 ORDERLY_STOP_S = 5.0
 KILL_S = 5.0
 POLL_S = 0.05
@@ -48,7 +38,6 @@ PORT_TRIES = 5
 RESTARTS_MAX = 5
 RESTART_CALM_S = 60.0  # A broker that ran this long has its restarts forgiven.
 FREE_BYTES_MIN = 256 * 1024 * 1024
-ANSWER_BYTES_MAX = 1024 * 1024
 
 _EXCEPTION = re.compile(r"(Caused by: )?[\w.$]+(Exception|Error): .")
 _log = logging.getLogger(__name__)
@@ -89,7 +78,7 @@ def running_servers(data_dir: Path) -> str | None:
     server = KafkaServer(data_dir / "kafka")
     holder = _text(server.folder / "lock")
     port = _last_port(server.folder)
-    if port is None or not any(str(process.ppid()) == holder for process in server.processes()):
+    if port is None or not any(str(process.ppid()) == holder for process in nodes_on(server.folder)):
         return None
     return f"127.0.0.1:{port}" if answers(port) else None
 
@@ -150,18 +139,9 @@ class KafkaServer:
         with self._changing:
             self._end(signal.SIGKILL)
 
-    def processes(self) -> list[psutil.Process]:
-        """The brokers that run on this folder, whichever process started them; known by their command lines."""
-        settings = str(self.folder / "server.properties")
-        return [
-            process
-            for process in psutil.process_iter(["cmdline"])
-            if (process.info["cmdline"] or [])[-2:] == [SERVER, settings]
-        ]
-
     def stop_left_over(self) -> None:
         """End every broker that works on this folder: a program that was killed leaves its own running."""
-        for process in self.processes():
+        for process in nodes_on(self.folder):
             _end_process(process)
 
     def _prepare(self) -> None:
@@ -262,34 +242,6 @@ class KafkaServer:
             f"the embedded Kafka did not start: {what}: {words} (all of it: {str(self.log_file)!r}); mend that, or "
             f"remove {str(self.folder / 'data')!r}, whose topics are then written again from the log"
         )
-
-
-def answers(port: int) -> bool:
-    """Whether the broker at this port tells its clients of itself: it listens before it can serve anybody."""
-    try:
-        with socket.create_connection(("127.0.0.1", port), ANSWER_TIMEOUT_S) as connection:
-            connection.sendall(struct.pack(">i", len(_METADATA_REQUEST)) + _METADATA_REQUEST)
-            (size_bytes,) = struct.unpack(">i", _received(connection, 4))
-            if not 12 <= size_bytes <= ANSWER_BYTES_MAX:
-                return False
-            _, _, broker_count = struct.unpack_from(">iii", _received(connection, size_bytes))
-            return bool(broker_count > 0)
-    except OSError:
-        return False
-
-
-# Metadata, version 4, of no topics; header version 1 with an empty client id (Kafka's protocol guide).
-_METADATA_REQUEST = struct.pack(">hhihi?", 3, 4, 1, 0, 0, False)
-
-
-def _received(connection: socket.socket, size_bytes: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < size_bytes:
-        part = connection.recv(size_bytes - len(parts))
-        if not part:
-            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-        parts += part
-    return bytes(parts)
 
 
 def _format(data: Path, programs: KafkaPrograms) -> None:

@@ -11,20 +11,18 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
+from typing import Any, BinaryIO
 
 from adapters.kafka.faults import EmbeddedKafkaFault, KafkaProgramsMissing
+from adapters.kafka.node import DEPLOY, SERVER, answers, free_ports, nodes_on, write_settings
 
-DEPLOY = Path(__file__).parents[2] / "deploy" / "kafka"  # The wheel carries it beside this layer too.
 ROOT_CACHE = Path("/var/cache/oshaani")
 JAVA_MIN = 17
 FETCH_TIMEOUT_S = 900.0
@@ -33,7 +31,7 @@ TRAINING_TIMEOUT_S = 120.0
 POLL_S = 0.1
 SAY_EVERY_S = 5.0
 
-SERVER, STORAGE_TOOL = "kafka.Kafka", "kafka.tools.StorageTool"
+STORAGE_TOOL = "kafka.tools.StorageTool"
 OPTIONS = (
     "-Xms96m",
     "-Xmx512m",
@@ -43,15 +41,6 @@ OPTIONS = (
     "-XX:-UsePerfData",
     "-Djava.awt.headless=true",
 )
-LOG_SETTINGS = """\
-rootLogger.level=warn
-rootLogger.appenderRef.console.ref=console
-appender.console.type=Console
-appender.console.name=console
-appender.console.layout.type=PatternLayout
-appender.console.layout.pattern=%d{ISO8601} %p %c{1} %m%n
-"""
-
 Say = Callable[[str], None]
 
 
@@ -106,58 +95,6 @@ def kafka_programs(say: Say | None = None) -> KafkaPrograms:
                 "make it a folder this user may write, or set XDG_CACHE_HOME to another"
             ) from fault
     return _programs_in(place, java)
-
-
-def write_settings(folder: Path, ports: tuple[int, int], settings: Mapping[str, str]) -> Path:
-    """The broker's settings for `ports` (its own and its controller's); `settings` override those of deploy/kafka.
-
-    `$port`, `$controller_port` and `$data` stand for what they say in both.
-    """
-    (folder / "tmp").mkdir(exist_ok=True)
-    (folder / "log4j2.properties").write_text(LOG_SETTINGS, "ascii")
-    base = (DEPLOY / "server.properties").read_text("utf-8")
-    # The last line of a name counts.
-    lines = [base, *(f"{name}={_as_property(value)}\n" for name, value in settings.items())]
-    text = Template("".join(lines)).substitute(
-        port=ports[0], controller_port=ports[1], data=_as_property(str(folder / "data"))
-    )
-    place = folder / "server.properties"
-    place.write_text(text, "ascii")
-    return place
-
-
-def free_ports() -> tuple[int, int]:
-    """Two ports that nobody listens on now.
-
-    Not among those the system hands out for outgoing connections: a broker that was killed must get its port back.
-    """
-    found: list[int] = []
-    while len(found) < 2:
-        port = PORTS_FROM + int.from_bytes(os.urandom(4)) % PORTS_COUNT
-        if port not in found and is_free(port):
-            found.append(port)
-    return found[0], found[1]
-
-
-PORTS_FROM, PORTS_COUNT = 20_000, 12_000  # Linux hands out 32768 and above, macOS 49152 and above.
-
-
-def is_free(port: int) -> bool:
-    """Whether a server could listen on this port of the loopback address now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def is_listening(port: int) -> bool:
-    """Whether a server listens on this port of the loopback address."""
-    with socket.socket() as probe:
-        probe.settimeout(1.0)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def to_stderr(sentence: str) -> None:
@@ -307,51 +244,57 @@ def _train(programs: KafkaPrograms, place: Path, say: Say) -> None:
     Without a class archive a start takes twice as long; where Java makes none, brokers start without.
     """
     say("preparing Apache Kafka for quick starts (once)")
-    with tempfile.TemporaryDirectory(prefix="oshaani-kafka-", dir=place) as temporary:
-        folder = Path(temporary)
-        ports = free_ports()
-        settings = str(write_settings(folder, ports, {}))
-        with (folder / "log").open("wb") as log:
-            run = {"cwd": folder, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            format_it = ("format", "--cluster-id", "AAAAAAAAAAAAAAAAAAAAAA", "--config", settings)
-            made = subprocess.run(
-                [*programs.command(folder), STORAGE_TOOL, *format_it],
-                timeout=TRAINING_TIMEOUT_S,
-                check=False,
-                **run,  # type: ignore[call-overload]
-            )
-            first = folder / "data" / "bootstrap.checkpoint"
-            if made.returncode != 0 or not first.exists():
-                raise KafkaProgramsMissing(f"Apache Kafka does not run: {_last_words(folder / 'log')}")
-            shutil.copyfile(first, programs.bootstrap)
-            archive = folder / "classes.jsa"
-            command = [*programs.command(folder, f"-XX:ArchiveClassesAtExit={archive}"), SERVER, settings]
-            with subprocess.Popen(command, start_new_session=True, **run) as process:  # type: ignore[call-overload]
-                try:
-                    _until_listening(process, ports[0])
-                    process.terminate()
-                    process.wait(TRAINING_TIMEOUT_S)
-                except subprocess.TimeoutExpired:
-                    pass
-                finally:
-                    process.kill()
-        if archive.exists():
-            archive.rename(programs.archive)
+    folder = place / "training"
+    for left_over in nodes_on(folder):
+        left_over.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    ports = free_ports()
+    settings = str(write_settings(folder, ports, {}))
+    _format(programs, folder, settings)
+    archive = folder / "classes.jsa"
+    command = [*programs.command(folder, f"-XX:ArchiveClassesAtExit={archive}"), SERVER, settings]
+    with (folder / "log").open("wb") as log, subprocess.Popen(command, **_run_in(folder, log)) as process:
+        try:
+            deadline_s = time.monotonic() + TRAINING_TIMEOUT_S
+            while process.poll() is None and not answers(ports[0]) and time.monotonic() < deadline_s:
+                time.sleep(POLL_S)
+            process.terminate()
+            process.wait(TRAINING_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            say("Java made no archive of classes; brokers start without")
+        finally:
+            process.kill()
+    if archive.exists():
+        archive.rename(programs.archive)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _until_listening(process: subprocess.Popen[bytes], port: int) -> None:
-    deadline_s = time.monotonic() + TRAINING_TIMEOUT_S
-    while process.poll() is None and not is_listening(port) and time.monotonic() < deadline_s:
-        time.sleep(POLL_S)
+def _format(programs: KafkaPrograms, folder: Path, settings: str) -> None:
+    """Have a cluster's first records written, and keep them."""
+    log_file = folder / "format.log"
+    options = ("format", "--cluster-id", "AAAAAAAAAAAAAAAAAAAAAA", "--config", settings)
+    with log_file.open("wb") as log:
+        done = subprocess.run(
+            [*programs.command(folder), STORAGE_TOOL, *options],
+            timeout=TRAINING_TIMEOUT_S,
+            check=False,
+            **_run_in(folder, log),
+        )
+    first = folder / "data" / "bootstrap.checkpoint"
+    if done.returncode != 0 or not first.exists():
+        raise KafkaProgramsMissing(f"Apache Kafka does not run: {_last_words(log_file)}")
+    shutil.copyfile(first, programs.bootstrap)
 
 
-def _as_property(text: str) -> str:
-    """A value of a Java properties file, which is read as Latin-1 with escapes."""
-    units = memoryview(text.encode("utf-16-be", "surrogatepass")).tobytes()
-    codes = [int.from_bytes(units[at : at + 2]) for at in range(0, len(units), 2)]
-    return "".join(
-        "\\\\" if code == ord("\\") else chr(code) if 32 <= code < 127 else f"\\u{code:04x}" for code in codes
-    )
+def _run_in(folder: Path, log: BinaryIO) -> dict[str, Any]:
+    return {
+        "cwd": folder,
+        "stdin": subprocess.DEVNULL,
+        "stdout": log,
+        "stderr": log,
+        "start_new_session": True,
+    }
 
 
 def main() -> None:

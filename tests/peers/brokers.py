@@ -17,7 +17,7 @@ import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from adapters.kafka.broker import KafkaServer
-from adapters.kafka.programs import SERVER
+from adapters.kafka.node import SERVER
 from schemas.topics import Topic
 
 ADMIN_S = 20.0

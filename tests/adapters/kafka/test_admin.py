@@ -11,7 +11,7 @@ from adapters.kafka.admin import Change, apply, group_lags, show
 from adapters.kafka.broker import KafkaServer
 from adapters.kafka.clients import KafkaConfig, open_consumer, open_producer
 from adapters.kafka.faults import KafkaUnavailable, PartitionsFixed
-from adapters.kafka.programs import free_ports
+from adapters.kafka.node import free_ports
 from schemas.topics import AGENT_STATE, LOG, PUBLIC, READ_BY, TOPICS, TURN_STREAM, Topic, work_topic
 from tests.peers.brokers import PrivateTopics
 

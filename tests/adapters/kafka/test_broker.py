@@ -14,9 +14,10 @@ import pytest
 from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 
-from adapters.kafka.broker import KafkaServer, answers, embedded_kafka, running_servers
+from adapters.kafka.broker import KafkaServer, embedded_kafka, running_servers
 from adapters.kafka.faults import KafkaDidNotStart, KafkaFolderUnusable, KafkaPortTaken, KafkaProgramsMissing
-from adapters.kafka.programs import free_ports, kafka_programs
+from adapters.kafka.node import answers, free_ports, nodes_on
+from adapters.kafka.programs import kafka_programs
 from schemas.topics import AGENT_STATE, LOG, TURN_STREAM
 from tests.peers.brokers import PrivateTopics, end_brokers
 
@@ -109,7 +110,7 @@ async def test_the_embedded_broker_serves_while_the_block_runs_and_ends_with_it(
         assert answers(port_of(servers))
         assert servers.startswith("127.0.0.1:")
     assert not answers(port_of(servers))
-    assert KafkaServer(data_dir / "kafka").processes() == []
+    assert nodes_on(data_dir / "kafka") == []
 
 
 async def test_a_second_life_finds_its_port_and_what_was_written(data_dir: Path):
@@ -124,7 +125,7 @@ async def test_a_second_life_finds_its_port_and_what_was_written(data_dir: Path)
 
 async def test_a_broker_that_dies_is_started_again_at_the_same_port(data_dir: Path):
     async with embedded_kafka(data_dir) as servers:
-        (process,) = KafkaServer(data_dir / "kafka").processes()
+        (process,) = nodes_on(data_dir / "kafka")
         process.kill()
         await until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
         await until(lambda: answers(port_of(servers)))
@@ -132,7 +133,7 @@ async def test_a_broker_that_dies_is_started_again_at_the_same_port(data_dir: Pa
 
 async def test_a_broker_left_by_a_killed_program_is_ended_by_the_next(data_dir: Path):
     async with living_with_a_broker(data_dir) as (program, servers):
-        (left,) = KafkaServer(data_dir / "kafka").processes()
+        (left,) = nodes_on(data_dir / "kafka")
         assert running_servers(data_dir) == servers
         program.kill()
         program.wait(WAIT_S)
@@ -141,7 +142,7 @@ async def test_a_broker_left_by_a_killed_program_is_ended_by_the_next(data_dir: 
         async with embedded_kafka(data_dir) as again:
             assert again == servers
             assert not left.is_running()
-            assert len(KafkaServer(data_dir / "kafka").processes()) == 1
+            assert len(nodes_on(data_dir / "kafka")) == 1
 
 
 async def test_a_folder_serves_one_program_at_a_time(data_dir: Path):

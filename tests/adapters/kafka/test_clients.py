@@ -20,7 +20,7 @@ from confluent_kafka.admin import (
 from adapters.kafka.broker import KafkaServer
 from adapters.kafka.clients import KafkaConfig, open_consumer, open_producer
 from adapters.kafka.faults import KafkaConfigInvalid
-from adapters.kafka.programs import free_ports
+from adapters.kafka.node import free_ports
 from adapters.kafka.quiet import OneOfAKind, quieten_clients
 from schemas.topics import LOG
 from tests.peers.brokers import PrivateTopics

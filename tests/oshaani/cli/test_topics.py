@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from adapters.kafka.broker import KafkaServer
-from adapters.kafka.programs import free_ports
+from adapters.kafka.node import free_ports
 from schemas.topics import LOG, TOPICS
 from tests.oshaani.cli.conftest import Cli
 
