@@ -45,7 +45,7 @@ from oshaani.settings import Settings
 from oshaani.store_metrics import StoreMetrics
 from oshaani.wiring import LAG_MAX, PROCESSORS, Core, core_of, means_of, open_log, server_of, utc_now, work_of
 from oshaani.worker_http import Ready, worker_app
-from projections.catching_up import CheckpointWatch
+from projections.catching_up import AWAITED, CheckpointWatch
 from projections.runner import Runner
 from schemas import wire
 from schemas.cloud_events import CloudEvents
@@ -64,7 +64,6 @@ log_of = logging.getLogger(__name__)
 DRAIN_S = 6.0
 PAUSE_S = 1.0
 LEASE_S, RENEW_S = 6.0, 2.0
-LINGER_S = 0.01  # other processes wait for the read models, and cannot say so
 PROJECTOR_LEASE = "projector"
 DISTRIBUTED = {each.name: each for each in (*PROCESSORS, public_topics)}
 SWEEPING = ("agent_turns", "tool_calls", "notifications")  # those that take up due work
@@ -157,7 +156,7 @@ async def relay(settings: Settings, dsn: str, announce: Announce) -> None:
             ]
 
         await stack.enter_async_context(operators(settings, life, ready, metrics, announce))
-        async with ending.parts({"hints": hints.run(), "relay": carrying.run(), "heads": heads.run()}):
+        async with ending.parts({"hints": hints.run(sends=False), "relay": carrying.run(), "heads": heads.run()}):
             await ending.wait()
             await carrying.drain(DRAIN_S)
     ending.check()
@@ -181,12 +180,18 @@ async def projector(settings: Settings, dsn: str, announce: Announce) -> None:
         store = StoreMetrics(metrics)
         working = Working(core, KafkaConfig.of(settings), life, ProjectionMetrics(metrics))
         watch_lease(metrics, PROJECTOR_LEASE, lambda: working.epoch)
+        awaited = Hints(dsn, AWAITED)
+        awaited.on_hint(lambda heads: working.hurry())
 
         async def ready() -> Sequence[Check]:
             return [await _database(core), working.check()]
 
         await stack.enter_async_context(operators(settings, life, ready, metrics, announce))
-        parts = {"projector": working.run(leases), "database metrics": store.run(core.pool)}
+        parts = {
+            "projector": working.run(leases),
+            "hints": awaited.run(sends=False),
+            "database metrics": store.run(core.pool),
+        }
         await stack.enter_async_context(ending.parts(parts))
         await ending.wait()
     ending.check()
@@ -267,7 +272,7 @@ class Working:
 
     def __init__(self, core: Core, config: KafkaConfig, life: Life, metrics: ProjectionMetrics) -> None:
         self._config, self._life = config, life
-        self._runner = Runner(core.pool, deadline, core.log, core.records, metrics=metrics, linger_s=LINGER_S)
+        self._runner = Runner(core.pool, deadline, core.log, core.records, metrics=metrics)
         self.epoch: int | None = None
 
     async def run(self, leases: PostgresLeases) -> None:
@@ -298,6 +303,10 @@ class Working:
             if self.epoch is not None:
                 async with asyncio.timeout(RENEW_S):
                     await leases.release(PROJECTOR_LEASE, self._life.name)
+
+    def hurry(self) -> None:
+        """Somebody waits for the read models."""
+        self._runner.hurry()
 
     def check(self) -> Check:
         """What this projector does."""

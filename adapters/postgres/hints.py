@@ -1,7 +1,8 @@
 """Telling other processes that the log has grown: after the commit, never in it, and nothing depends on its arrival.
 
 A hint names the shards that grew and their heads. Hints that could not be sent at once become one; those that are lost
-are made up for by whoever looks at the log by itself, a little later.
+are made up for by whoever looks at the log by itself, a little later. On a channel of their own, processes that wait for
+the read models say so.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ OUTAGE = (psycopg.Error, OSError, TimeoutError)
 class Hints:
     """Sends and receives hints. `run` it as one task for the life of the process."""
 
-    def __init__(self, dsn: str) -> None:
-        self._dsn = dsn
+    def __init__(self, dsn: str, channel: str = CHANNEL) -> None:
+        self._dsn, self._channel = dsn, channel
         self._told: dict[int, int] = {}
         self._news = asyncio.Event()
         self._listeners: list[Callable[[Heads], None]] = []
@@ -49,10 +50,11 @@ class Hints:
         """Have a function called with the shards that grew and their heads; also with this process's own."""
         self._listeners.append(listener)
 
-    async def run(self) -> None:
+    async def run(self, *, sends: bool = True) -> None:
         """Send and receive until cancelled; survives any outage of the database."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._insist(self._send))
+            if sends:
+                group.create_task(self._insist(self._send))
             if self._listeners:
                 group.create_task(self._insist(self._receive))
 
@@ -75,12 +77,12 @@ class Hints:
             told, self._told = self._told, {}
             with deadline(connection, TELL_S):
                 if told:
-                    await connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, _written(told)))
+                    await connection.execute("SELECT pg_notify(%s, %s)", (self._channel, _written(told)))
                 else:
                     await connection.execute("SELECT 1")
 
     async def _receive(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        await connection.execute(f"LISTEN {CHANNEL}".encode())
+        await connection.execute(f"LISTEN {self._channel}".encode())
         while True:
             async for notify in connection.notifies(timeout=CHECK_S):
                 heads = _read(notify.payload)
