@@ -5,7 +5,7 @@ PYTHON_BIN := $(VENV)/bin/python
 INSTALL := sh deploy/install.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run run-kafka test kafka check bench lock wheel clean
+.PHONY: help run run-kafka test kafka check bench torture lock wheel clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -40,6 +40,10 @@ bench: ## Measure turns, appends and rebuilds beside their floors (N= turns, SEC
 	$(PYTHON_BIN) -m benchmarks.turns --turns $(N)
 	$(PYTHON_BIN) -m benchmarks.append --seconds $(SECONDS_EACH)
 	$(PYTHON_BIN) -m benchmarks.rebuild
+
+torture: ## Kill and stop three workers on a real broker all the time (N= records, SECONDS= for how long)
+	@$(INSTALL) requirements-dev.lock
+	$(PYTHON_BIN) -m tests.torture.run --records $(if $(filter file,$(origin N)),100000,$(N)) --seconds $(or $(SECONDS),180)
 
 lock: ## Resolve the dependencies anew and write both lock files
 	@sh deploy/lock.sh

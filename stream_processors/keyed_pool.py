@@ -258,8 +258,9 @@ class KeyedPool(Generic[T]):
                 if isinstance(failure, Hopeless) or item.attempts >= self._limits.attempts:
                     await self._tell(partition, item, failure)
                     return None
+                told = failure if item.attempts == 1 else None
                 log_of.warning(
-                    "%s: attempt %d failed, %r", partition.name, item.attempts, failure, exc_info=failure
+                    "%s: attempt %d failed, %r", partition.name, item.attempts, failure, exc_info=told
                 )
             if await self._is_revoked_within(partition, pause_s):
                 return None

@@ -1,0 +1,1 @@
+"""Workers that are killed and stopped again and again under load, and what must be true of their effects."""

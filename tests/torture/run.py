@@ -1,0 +1,318 @@
+"""`make torture`: three workers on a real broker, killed and stopped all the time; prints one line of JSON.
+
+python -m tests.torture.run --records 100000 --seconds 150
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from adapters.kafka.broker import KafkaServer
+from adapters.kafka.clients import KafkaConfig, open_consumer, open_producer
+from adapters.memory.key_ring import MemoryKeyRing
+from adapters.memory.object_store import MemoryObjectStore
+from adapters.postgres.embedded import PostgresServer
+from adapters.postgres.event_log import PostgresEventLog, run_script
+from adapters.postgres.pool import open_pool
+from commands.bus import Bus
+from domain.event_log import StoredEvent
+from domain.ids import shard_of
+from oshaani.wiring import migrate
+from schemas import wire
+from schemas.records import Records
+from schemas.topics import PRIVATE_PARTITIONS, partition_of
+from tests.commands.write_side import account, rules, signed_up
+from tests.torture.effects import TABLES, effects_so_far, found
+from tests.torture.worker import BONUS_EVERY, BONUS_NCR, VARIABLE
+
+STREAMS = 400
+OWNERS = 8
+SLOTS = ("torture-0", "torture-1", "torture-2")
+START_S, STOP_S, REST_S = 30.0, 20.0, 180.0
+"""How long the first worker may take to begin, a stopped one to end, and all of them for what is left in the end."""
+BEGINS_S = 4.0
+ROOT = Path(__file__).parents[2]
+EVENT = "CreditAccount.PlanChanged"
+
+
+@dataclass
+class Outcome:
+    """What came of it. `doubled`: effects behind a fence that happened twice; `redelivered`: handled more than once."""
+
+    records: int
+    kills: int = 0
+    terms: int = 0
+    lost: int = 0
+    out_of_order: int = 0
+    doubled: int = 0
+    redelivered: int = 0
+    bonus_missing_ncr: int = 0
+    uncommitted: int = 0
+    crashes: int = 0
+    exits: dict[str, int] = field(default_factory=dict)
+    restart_s: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def is_good(self) -> bool:
+        wrong = (self.lost, self.out_of_order, self.doubled, self.bonus_missing_ncr, self.uncommitted)
+        # A process that is told to end before Python has read it all ends as any program does.
+        return not any(wrong) and not self.crashes and set(self.exits) <= {"TERM 0", "TERM -15", "KILL -9"}
+
+
+@dataclass
+class Workers:
+    """The processes, one for each slot, started again whenever one ends."""
+
+    told: dict[str, Any]
+    folder: Path
+    outcome: Outcome
+    running: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
+    since_s: dict[str, float] = field(default_factory=dict)
+    meant: set[int] = field(default_factory=set)  # processes that we ended
+
+    async def start(self, slot: str) -> None:
+        told = json.dumps({**self.told, "slot": slot})
+        output = (self.folder / f"{slot}.log").open("ab")
+        self.running[slot] = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tests.torture.worker",
+            cwd=ROOT,
+            env={**os.environ, VARIABLE: told},
+            stdout=output,
+            stderr=output,
+        )
+        output.close()
+        self.since_s[slot] = time.monotonic()
+
+    def choose(self, chance: random.Random) -> str:
+        """One of the workers, if possible one that is at work."""
+        at_work = [slot for slot, since_s in self.since_s.items() if time.monotonic() - since_s > BEGINS_S]
+        return chance.choice(at_work or list(SLOTS))
+
+    async def end(self, slot: str, number: signal.Signals) -> None:
+        """Send a signal, and wait for the end."""
+        process = self.running.pop(slot)
+        if process.returncode is not None:
+            self._crashed(process)
+            return
+        process.send_signal(number)
+        try:
+            async with asyncio.timeout(STOP_S):
+                code = await process.wait()
+        except TimeoutError:
+            code = 999
+            process.kill()
+            await process.wait()
+        exits = self.outcome.exits
+        key = f"{number.name.removeprefix('SIG')} {code}"
+        exits[key] = exits.get(key, 0) + 1
+
+    async def restart_crashed(self) -> None:
+        for slot, process in list(self.running.items()):
+            if process.returncode is not None:
+                self._crashed(process)
+                await self.start(slot)
+
+    def _crashed(self, process: asyncio.subprocess.Process) -> None:
+        self.outcome.crashes += 1
+        key = f"crash {process.returncode}"
+        self.outcome.exits[key] = self.outcome.exits.get(key, 0) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much, for how long, and how often a worker is ended in that time."""
+
+    records: int
+    seconds: float
+    kills: int
+    terms: int
+    seed: int
+
+
+async def torture(plan: Plan, dsn: str, servers: str, folder: Path) -> Outcome:
+    """Do it. `dsn` is of an empty database; the broker gets topics of a new name."""
+    began = time.monotonic()
+    outcome, chance = Outcome(plan.records), random.Random(plan.seed)
+    await migrate(dsn)
+    await run_script(dsn, TABLES)
+    prefix = f"torture-{uuid4().hex[:8]}"
+    names = {"topic": f"{prefix}.work", "group": f"{prefix}.group", "dead_letters": f"{prefix}.dlq"}
+    await _make_topics(servers, {names["topic"]: PRIVATE_PARTITIONS, names["dead_letters"]: 1})
+    log = PostgresEventLog(dsn)
+    await log.open()
+    bus = Bus(log, Records(MemoryKeyRing(), MemoryObjectStore()), rules())
+    owners = [await signed_up(bus) for _ in range(OWNERS)]
+    had_ncr = sum([(await account(bus, owner)).available_ncr for owner in owners])
+    tenants = [uuid4() for _ in range(STREAMS)]
+    streams = [uuid4() for _ in range(STREAMS)]
+    told = {
+        "dsn": dsn,
+        "servers": servers,
+        "names": names,
+        "streams": [str(each) for each in streams],
+        "owners": [str(owner.tenant_id) for owner in owners],
+    }
+    workers = Workers(told, folder, outcome)
+    for slot in SLOTS:
+        await workers.start(slot)
+    feeding = asyncio.create_task(_feed(plan, chance, servers, names["topic"], tenants, streams))
+    async with open_pool(dsn, 2) as pool:
+        await _until_more(pool, 0, START_S)
+        await _harm(plan, chance, workers, pool)
+        sent = await feeding
+        await _until_more(pool, plan.records - 1, REST_S, workers)
+        for slot in list(workers.running):
+            await workers.end(slot, signal.SIGTERM)
+        result = await found(pool)
+    bonuses = sum(count // BONUS_EVERY for count in sent.values()) * BONUS_NCR
+    fresh = Bus(log, Records(MemoryKeyRing(), MemoryObjectStore()), rules())
+    has_ncr = sum([(await account(fresh, owner)).available_ncr for owner in owners])
+    await log.close()
+    outcome.lost = plan.records - result.effects
+    outcome.out_of_order = result.out_of_order
+    outcome.doubled = result.counted - result.effects
+    outcome.redelivered = result.delivered - result.counted
+    outcome.bonus_missing_ncr = bonuses - (has_ncr - had_ncr)
+    outcome.uncommitted = await _uncommitted(servers, names["topic"], names["group"])
+    outcome.seconds = round(time.monotonic() - began, 1)
+    return outcome
+
+
+async def _feed(
+    plan: Plan, chance: random.Random, servers: str, topic: str, tenants: list[UUID], streams: list[UUID]
+) -> Counter[int]:
+    """Write the records at an even pace; how many of each stream."""
+    sent: Counter[int] = Counter()
+    positions: Counter[int] = Counter()
+    began = time.monotonic()
+    async with open_producer(KafkaConfig.at(servers), "torture", linger_ms=5) as producer:
+        for n in range(plan.records):
+            number = chance.randrange(STREAMS)
+            sent[number] += 1
+            shard = shard_of(tenants[number])
+            positions[shard] += 1
+            row = StoredEvent(
+                shard=shard,
+                position=positions[shard],
+                tenant_id=tenants[number],
+                stream_id=streams[number],
+                stream_version=sent[number],
+                type=EVENT,
+                schema_version=1,
+                payload=b'{"plan":"starter"}',
+                personal=None,
+                subject_id=None,
+                command_id=UUID(int=n),
+                correlation_id=UUID(int=n),
+                causation_id=None,
+                actor="system:torture",
+                traceparent=None,
+                recorded_at=datetime.now(UTC),
+            )
+            partition = partition_of(shard, PRIVATE_PARTITIONS)
+            await producer.send(topic, wire.pack(row), row.stream_id.bytes, partition)
+            ahead_s = n / plan.records * plan.seconds - (time.monotonic() - began)
+            if ahead_s > 0.01:
+                await asyncio.sleep(ahead_s)
+    return sent
+
+
+async def _harm(plan: Plan, chance: random.Random, workers: Workers, pool: Any) -> None:
+    """End workers, one after the other, evenly over the time; each is started again at once."""
+    ends = [signal.SIGKILL] * plan.kills + [signal.SIGTERM] * plan.terms
+    chance.shuffle(ends)
+    began = time.monotonic()
+    restarts: list[float] = []
+    for n, number in enumerate(ends, 1):
+        await asyncio.sleep(max(0.0, began + n * plan.seconds / (len(ends) + 1) - time.monotonic()))
+        await workers.restart_crashed()
+        slot = workers.choose(chance)
+        at = time.monotonic()
+        await workers.end(slot, number)
+        await workers.start(slot)
+        restarts.append(time.monotonic() - at)
+        if number == signal.SIGKILL:
+            workers.outcome.kills += 1
+        else:
+            workers.outcome.terms += 1
+    workers.outcome.restart_s = round(max(restarts, default=0.0), 2)
+
+
+async def _until_more(pool: Any, than: int, within_s: float, workers: Workers | None = None) -> None:
+    """Wait for effects; when they do not come, what is missing shows in the outcome."""
+    until_s = time.monotonic() + within_s
+    while time.monotonic() < until_s and await effects_so_far(pool) <= than:
+        await asyncio.sleep(0.25)
+        if workers is not None:
+            await workers.restart_crashed()
+
+
+async def _make_topics(servers: str, partitions: dict[str, int]) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(name, count, 1) for name, count in partitions.items()])
+    finally:
+        await admin.close()
+
+
+async def _uncommitted(servers: str, topic: str, group: str) -> int:
+    """Records that the group would be delivered again."""
+    partitions = [TopicPartition(topic, each) for each in range(PRIVATE_PARTITIONS)]
+    async with open_consumer(KafkaConfig.at(servers), "torture-check", group_id=group) as consumer:
+        consumer.assign(partitions)
+        ends = await consumer.end_offsets(partitions)
+        return sum([ends[each] - (await consumer.committed(each) or 0) for each in partitions])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--records", type=int, default=100_000)
+    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--kills", type=int, default=32)
+    parser.add_argument("--terms", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
+    chosen = parser.parse_args()
+    plan = Plan(chosen.records, chosen.seconds, chosen.kills, chosen.terms, chosen.seed)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oshaani-torture-")))
+        folder.chmod(0o755)
+        postgres = PostgresServer(folder / "postgres", {"fsync": "off"})
+        postgres.start()
+        stack.callback(postgres.stop)
+        kafka = KafkaServer(folder / "kafka")
+        kafka.start()
+        stack.callback(kafka.stop)
+        outcome = asyncio.run(torture(plan, postgres.dsn, kafka.bootstrap_servers, folder))
+        sys.stdout.write(json.dumps({**asdict(outcome), "seed": plan.seed, "ok": outcome.is_good}) + "\n")
+        if not outcome.is_good:
+            kept = Path(tempfile.mkdtemp(prefix="oshaani-torture-logs-"))
+            for log in folder.glob("*.log"):
+                (kept / log.name).write_bytes(log.read_bytes())
+            sys.stderr.write(f"the workers' logs are in {kept}\n")
+    sys.exit(0 if outcome.is_good else 1)
+
+
+if __name__ == "__main__":
+    main()
