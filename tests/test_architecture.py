@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -86,6 +87,12 @@ def test_everything_the_program_imports_is_in_its_lock():
         )
     }
     assert unlocked == set()
+
+
+def test_the_embedded_mode_starts_without_the_clients_of_kafka():
+    loaded = "import oshaani.cli, oshaani.up, sys; print(*{name.split('.')[0] for name in sys.modules})"
+    ran = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {"aiokafka", "faust", "mode"}.isdisjoint(ran.stdout.split())
 
 
 def test_dependencies_are_bounded_above():
