@@ -65,6 +65,16 @@ class Running:
 class WayOut:
     """What it takes to tell callers' servers something."""
 
+class UsageRows(Protocol):
+    """Rows by key, each with the tenant's shard: a table that its host rebuilds from a topic."""
+
+    def get(self, key: bytes) -> bytes | None:
+        """The row as this worker has it."""
+
+    def put(self, shard: int, key: bytes, value: bytes | None) -> Awaitable[None]:
+        """Keep a row, or with None remove it: here at once, durably when what is returned has ended."""
+
+
     log: EventLog
     records: Records
     egress: Egress
@@ -113,6 +123,7 @@ class Work:
             except (LogUnavailable, Overloaded) as failure:
                 lost = lost or isinstance(failure, LogUnavailable)
                 if self.clock() >= until:
+    usage_rows: UsageRows | None = None  # of the worker that watches usage
                     raise
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, PERSIST_PAUSE_MAX_S)
