@@ -114,6 +114,14 @@ CREDIT_BALANCE = Topic(
     "The latest balance of each account.",
     public=True,
 )
+USAGE_TABLE = Topic(
+    f"{PREFIX}usage.table.v1",
+    PRIVATE_PARTITIONS,  # as the work topic of usage_analytics, whose records its rows follow from
+    None,
+    True,
+    "What usage_analytics has counted, so that another worker can go on; private.",
+    by_shard=True,
+)
 
 
 def work_topic(processor: str) -> Topic:
@@ -144,6 +152,7 @@ TOPICS: tuple[Topic, ...] = (
     *PUBLIC.values(),
     AGENT_STATE,
     CREDIT_BALANCE,
+    USAGE_TABLE,
 )
 """Everything that `oshaani topics apply` makes, as divided by default."""
 
