@@ -15,6 +15,7 @@ from schemas.topics import (
     PUBLIC,
     RECORD_BYTES_MAX,
     TOPICS,
+    USAGE_TABLE,
     TURN_STREAM,
     dead_letters,
     divided,
@@ -88,7 +89,7 @@ def test_the_shards_go_evenly_into_the_partitions(partitions):
 def test_only_what_follows_the_shards_is_divided_anew():
     again = {topic.name: topic for topic in divided(TOPICS, 32)}
     changed = {topic.name for topic in TOPICS if again[topic.name] != topic}
-    assert changed == {LOG.name, *(work_topic(processor).name for processor in PROCESSORS)}
+    assert changed == {LOG.name, USAGE_TABLE.name, *(work_topic(processor).name for processor in PROCESSORS)}
     assert all(again[name].partitions == 32 for name in changed)
 
 
