@@ -60,6 +60,10 @@ class Narrator:
         """Whether events before this one have not been heard of."""
         return record.stream_id == self.story.turn_id and record.stream_version > self.story.version + 1
 
+    def is_ahead(self, token: Token) -> bool:
+        """Whether the piece is of a model call whose beginning has not been heard of."""
+        return (token.iteration, token.attempt) > self.story.last_call
+
     def token(self, token: Token) -> Iterator[bytes]:
         """A piece of text of the model call under way; what the client has of it is left out."""
         if (token.iteration, token.attempt) != self.story.open_call or token.start > self.sent:
@@ -227,7 +231,9 @@ class TurnStream(StreamingResponse):
             if not await self._call.shared.principals.still(self._call.caller()):
                 return None
         if isinstance(item, Token):
-            return list(self._narrator.token(item))
+            # Pieces of text and records come on ways of their own.
+            frames = await self._logged() if self._narrator.is_ahead(item) else []
+            return [*frames, *self._narrator.token(item)]
         if item is not None and not self._narrator.misses(item):
             self._looked_at = now
             return list(self._narrator.record(item))

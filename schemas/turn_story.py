@@ -27,6 +27,7 @@ class Story:
     model: str | None = None
     text: str | None = None
     open_call: tuple[int, int] | None = None  # iteration and attempt of the model call under way
+    last_call: tuple[int, int] = (0, 0)  # and of the last one that began
     calls: dict[UUID, dict[str, Any]] = field(default_factory=dict)
     ended: Turn.Ended | None = None
     incomplete: bool = False  # records are missing: the log has them
@@ -46,7 +47,7 @@ class Story:
                 self.accepted = event
             case Turn.ModelCallStarted():
                 self.begun, self.model = True, event.model
-                self.open_call = (event.iteration, event.attempt)
+                self.open_call = self.last_call = (event.iteration, event.attempt)
             case Turn.ModelCallCompleted():
                 self.text = FORGOTTEN if event.output is None else event.output
                 self.open_call = None

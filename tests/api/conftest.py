@@ -1,4 +1,4 @@
-"""One server for all tests of the HTTP layer, and people who use it."""
+"""One server of each layout for all tests of the HTTP layer, and people who use it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from tests.api.client import Client, Person
 from tests.api.platform import Platform, running
 
 
-@pytest.fixture(scope="session")
-def platform(postgres_dsn: str) -> Iterator[Platform]:
+@pytest.fixture(scope="session", params=["in one process", "over Kafka"])
+def platform(request: pytest.FixtureRequest, postgres_dsn: str) -> Iterator[Platform]:
+    """The server, in both layouts: whoever uses it cannot tell them apart."""
+    broker = request.getfixturevalue("broker") if request.param == "over Kafka" else None
     name = f"oshaani_api_{uuid4().hex}"
     with psycopg.connect(postgres_dsn, autocommit=True) as admin:
         admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(name)))
         url = urlunsplit(urlsplit(postgres_dsn)._replace(path=f"/{name}"))
-        with running(url) as platform:
+        with running(url, broker) as platform:
             yield platform
         admin.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 

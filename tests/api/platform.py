@@ -22,6 +22,11 @@ from pydantic import Field
 
 from adapters.api_keys import HmacApiKeys
 from adapters.egress.client import ANY_PORT, EgressClient
+from adapters.kafka.clients import KafkaConfig, open_producer
+from adapters.kafka.faust_consumer import WorkerKafka
+from adapters.kafka.following import follow_topic
+from adapters.kafka.relay import Relay, RelayOptions
+from adapters.kafka.turn_feed import KafkaTurnFeed
 from adapters.memory.identity import MemoryKeyUses, MemoryLogins, MemorySessions
 from adapters.memory.key_ring import MemoryKeyRing
 from adapters.memory.object_store import MemoryObjectStore
@@ -30,6 +35,8 @@ from adapters.memory.turn_feed import MemoryTurnFeed
 from adapters.memory.vault import MemoryVault
 from adapters.passwords import Argon2Passwords
 from adapters.postgres.event_log import PostgresEventLog
+from adapters.postgres.hints import Hints
+from adapters.postgres.leases import PostgresLeases
 from adapters.postgres.pool import deadline, open_pool
 from adapters.tools.catalogue import ToolCatalogue
 from adapters.tools.tool import tool
@@ -38,7 +45,7 @@ from api.app import create_app
 from api.server import Check, Limits, NumberedModel, Server
 from commands.bus import Bus
 from commands.command import Rules
-from domain.event_log import LockedLog, LogUnavailable
+from domain.event_log import LockedLog, LogUnavailable, StoredEvent
 from domain.plans import plans_with
 from domain.ports import (
     Effect,
@@ -52,18 +59,24 @@ from domain.ports import (
     ToolFailed,
     ToolRequest,
 )
+from oshaani.log_tail import LogTail
 from oshaani.processor_host import ProcessorHost
 from oshaani.toolbox import OwnersToolbox, ServerToolbox
+from oshaani.wiring import PROCESSORS, migrate
+from projections.catching_up import AWAITED, CheckpointWatch
 from projections.read_side import Pool, ReadSide
 from projections.runner import Runner
+from schemas import wire
+from schemas.codec import type_of
 from schemas.records import AnyRecord, Records
-from stream_processors.agent_turns import agent_turns
-from stream_processors.credit_debits import credit_debits
+from schemas.topics import LOG, TURN_STREAM, work_topic
+from schemas.turn_feed import TurnFeed
+from stream_processors.faust_app import FaustHost, Names
 from stream_processors.history import ConversationHistory
-from stream_processors.notifications import notifications
-from stream_processors.processor import WayOut, Work
+from stream_processors.processor import Processor, WayOut, Work
+from stream_processors.runner import Supplies
 from stream_processors.sweeper import Sweeper
-from stream_processors.tool_calls import tool_calls
+from tests.peers.brokers import PrivateTopics
 
 MASTER_KEY = bytes(range(32))
 SIGNING_KEY = bytes(range(32, 64))
@@ -91,7 +104,8 @@ class ScriptedModel:
     """Does what the last message asks for in double square brackets.
 
     [[tool NAME {json}]] asks for the tool once, then repeats its result; [[gate NAME]] writes half of its answer and
-    waits until `open_gate(NAME)`; [[fail CLASS]] fails; [[flaky]] fails at the first attempt, after a few words.
+    waits until `open_gate(NAME)`; [[fail CLASS]] fails; [[flaky NAME]] fails at the first attempt, after a few words and
+    when the gate is open.
     """
 
     def __init__(self) -> None:
@@ -126,6 +140,7 @@ class ScriptedModel:
             case "flaky", key if self._tries.setdefault(key, 0) == 0:
                 self._tries[key] += 1
                 say("These words are ")
+                await self._wait(key)
                 raise ModelFault(ModelErrorClass.OVERLOADED, "Not now.", retry_after_s=0.01)
             case _:
                 text = f"The tool said: {results[-1]}" if results else f"You said: {asked}"
@@ -191,70 +206,177 @@ def utc_now() -> datetime:
 
 @dataclass(slots=True)
 class _Parts:
-    """What a server is made of, and the tasks that keep it going."""
+    """What turns are run with, whatever carries the records."""
 
-    server: Server
-    model: ScriptedModel
     log: Breakable
-    work: Work
+    pool: Pool
+    records: Records
+    rules: Rules
+    model: ScriptedModel
+    vault: MemoryVault
+    toolbox: ServerToolbox
+    out: WayOut
+
+    def work(self, worker: str, bus: Bus, feed: TurnFeed) -> Work:
+        history = ConversationHistory(self.log, self.records)
+        return Work(worker, bus, self.model, self.toolbox, history, feed, utc_now, 30.0, out=self.out)
+
+
+@dataclass(slots=True)
+class _Layout:
+    """Who serves commands and queries, and what goes on beside. `heard` is told of what others committed."""
+
+    bus: Bus
+    db: ReadSide
+    feed: TurnFeed
     tasks: list[Coroutine[Any, Any, None]]
+    works: list[Work]
+    heard: list[Callable[[Sequence[AnyRecord]], None]]
 
 
-def _parts(log: Breakable, pool: Pool, closing: AsyncExitStack, base_url: str) -> _Parts:
+def _parts(log: Breakable, pool: Pool, closing: AsyncExitStack) -> _Parts:
     records = Records(MemoryKeyRing(), MemoryObjectStore())
     rules = Rules(
         plans_with({"free": {"message": 200, "agent_create": 20}, "starter": {"message": 1}}),
         turn_deadline_s=60.0,
     )
-    bus = Bus(log, records, rules)
-    projector = Runner(pool, deadline, log, records)
-    model, feed, vault, egress = ScriptedModel(), MemoryTurnFeed(), MemoryVault(), EgressClient()
+    vault, egress = MemoryVault(), EgressClient()
     # Callbacks may go to this machine, where the tests' receivers are.
     door = EgressClient(allow=("127.0.0.0/8",), ports=ANY_PORT)
-    passwords = Argon2Passwords()
-    toolbox = ServerToolbox(ToolCatalogue(echo, oracle), egress, vault)
-    history = ConversationHistory(log, records)
-    secrets = DerivedWebhookSecrets(MASTER_KEY)
-    out = WayOut(log, records, door, secrets)
-    work = Work("tests/1", bus, model, toolbox, history, feed, utc_now, 30.0, out=out)
-    processors = (agent_turns, tool_calls, credit_debits, notifications)
-    host = ProcessorHost(log, records, processors, work, MemoryParkedRecords())
-    sweeper = Sweeper(log, work)
-    numbers = count(1)
     closing.push_async_callback(egress.close)
     closing.push_async_callback(door.close)
-    closing.push_async_callback(passwords.close)
+    toolbox = ServerToolbox(ToolCatalogue(echo, oracle), egress, vault)
+    out = WayOut(log, records, door, DerivedWebhookSecrets(MASTER_KEY))
+    return _Parts(log, pool, records, rules, ScriptedModel(), vault, toolbox, out)
+
+
+def _embedded(parts: _Parts) -> _Layout:
+    """All in one process: what the bus commits is handed over at once."""
+    bus = Bus(parts.log, parts.records, parts.rules)
+    projector, feed = Runner(parts.pool, deadline, parts.log, parts.records), MemoryTurnFeed()
+    work = parts.work("tests/1", bus, feed)
+    host = ProcessorHost(parts.log, parts.records, PROCESSORS, work, MemoryParkedRecords())
+    sweeper = Sweeper(parts.log, work)
 
     def committed(batch: Sequence[AnyRecord]) -> None:
-        history.observe(batch)
+        work.history.observe(batch)
         feed.publish(batch)
         host.offer(batch)
         projector.offer(batch)
+
+    bus.on_commit = committed
+    tasks = [projector.run(), host.run(), sweeper.beat(), sweeper.run()]
+    db = ReadSide(parts.pool, deadline, projector.caught_up)
+    return _Layout(bus, db, feed, tasks, [work], [])
+
+
+async def _over_kafka(parts: _Parts, database_url: str, broker: str, closing: AsyncExitStack) -> _Layout:
+    """As separate processes do it: the log is relayed to a broker, workers and read models hear of it from there."""
+    config, topics = KafkaConfig.at(broker), PrivateTopics(broker)
+    closing.callback(topics.remove)
+    names = [work_topic(each.name) for each in PROCESSORS]
+    firehose, stream, *works = topics.create(LOG, TURN_STREAM, *names)
+    bus, hints, awaited = (
+        Bus(parts.log, parts.records, parts.rules),
+        Hints(database_url),
+        Hints(database_url, AWAITED),
+    )
+    feed = KafkaTurnFeed(stream.name)
+    heard: list[Callable[[Sequence[AnyRecord]], None]] = [feed.publish]
+
+    def hear(records: Sequence[AnyRecord]) -> None:
+        for listener in heard:
+            listener(records)
+
+    def followed(row: StoredEvent) -> bool:
+        return feed.is_followed(row.stream_id) or feed.is_followed(row.correlation_id)
+
+    def committed(batch: Sequence[AnyRecord]) -> None:
+        tail.offer(batch)
+        hints.tell(batch)
+        feed.publish(batch)
+
+    tail = LogTail(parts.log, parts.records, hear, followed)
+    bus.on_commit = committed
+    leases = PostgresLeases(parts.pool)
+    types = {
+        topic.name: {type_of(event_class).name for event_class in each.handlers}
+        for topic, each in zip(works, PROCESSORS, strict=True)
+    }
+    relay = Relay(parts.log, leases, config, "relay/1", types, RelayOptions(firehose.name))
+    runner = Runner(parts.pool, deadline, parts.log, parts.records)
+
+    async def project(values: Sequence[bytes]) -> None:
+        await runner.offer_rows([wire.unpack(value) for value in values])
+
+    for listener in (tail.hint, bus.hint, lambda heads: relay.wake()):
+        hints.on_hint(listener)
+    awaited.on_hint(lambda heads: runner.hurry())
+    tasks = [
+        *(hints.run(), awaited.run(), tail.run(), relay.run(), runner.run()),
+        follow_topic(config, "tests-api", stream.name, feed.take),
+        follow_topic(config, "tests-projector", firehose.name, project),
+    ]
+    producer = await closing.enter_async_context(open_producer(config, "tests-worker"))
+    tasks.append(feed.send(producer))
+    workers = [
+        await _worker(each, topic.name, parts, feed, hints, database_url, config, closing)
+        for topic, each in zip(works, PROCESSORS, strict=True)
+    ]
+    tasks += [task for _, own in workers for task in own]
+    db = ReadSide(parts.pool, deadline, CheckpointWatch(parts.pool, deadline))
+    return _Layout(bus, db, feed, tasks, [work for work, _ in workers], heard)
+
+
+async def _worker(
+    processor: Processor,
+    topic: str,
+    parts: _Parts,
+    feed: TurnFeed,
+    hints: Hints,
+    database_url: str,
+    config: KafkaConfig,
+    closing: AsyncExitStack,
+) -> tuple[Work, list[Coroutine[Any, Any, None]]]:
+    """A processor with a bus of its own, under Faust."""
+    log = PostgresEventLog(database_url)
+    await log.open()
+    closing.push_async_callback(log.close)
+    bus = Bus(log, parts.records, parts.rules, on_commit=hints.tell)
+    hints.on_hint(bus.hint)
+    work = parts.work(f"{processor.name}-1/1", bus, feed)
+    supplies = Supplies(work, log, parts.records, MemoryParkedRecords())
+    names = Names(topic, f"{topic}.group", f"{topic}.dlq")
+    host, sweeper = FaustHost(processor, supplies, WorkerKafka(config), names=names), Sweeper(log, work)
+    return work, [host.run(), sweeper.beat(), sweeper.run()]
+
+
+def _server(parts: _Parts, layout: _Layout, base_url: str, passwords: Argon2Passwords) -> Server:
+    numbers = count(1)
 
     async def next_number() -> int:
         return next(numbers)
 
     async def ready() -> Sequence[Check]:
-        return [Check("database", not log.broken)]
+        return [Check("database", not parts.log.broken)]
 
-    bus.on_commit = committed
-    server = Server(
-        bus=bus,
-        db=ReadSide(pool, deadline, projector.caught_up),
-        feed=feed,
-        log=log,
-        records=records,
-        rules=rules,
+    return Server(
+        bus=layout.bus,
+        db=layout.db,
+        feed=layout.feed,
+        log=parts.log,
+        records=parts.records,
+        rules=parts.rules,
         clock=utc_now,
         keys=HmacApiKeys(MASTER_KEY),
         key_uses=MemoryKeyUses(),
         logins=MemoryLogins(),
         sessions=MemorySessions(),
         passwords=passwords,
-        vault=vault,
-        webhook_secrets=secrets,
+        vault=parts.vault,
+        webhook_secrets=DerivedWebhookSecrets(MASTER_KEY),
         models=Models(),
-        toolbox=OwnersToolbox(toolbox),
+        toolbox=OwnersToolbox(parts.toolbox),
         base_url=base_url,
         signing_key=SIGNING_KEY,
         next_agent_number=next_number,
@@ -262,34 +384,38 @@ def _parts(log: Breakable, pool: Pool, closing: AsyncExitStack, base_url: str) -
         limits=Limits(sync_timeout_s=3.0, heartbeat_s=1.0),
         version="0.0.0",
     )
-    tasks = [projector.run(), host.run(), sweeper.beat(), sweeper.run()]
-    return _Parts(server, model, log, work, tasks)
 
 
 @asynccontextmanager
-async def _served(database_url: str) -> AsyncIterator[Platform]:
+async def _served(database_url: str, broker: str | None) -> AsyncIterator[Platform]:
+    await migrate(database_url)
     log = Breakable(database_url)
-    await log.migrate()
     await log.open()
     async with AsyncExitStack() as closing:
         closing.push_async_callback(log.close)
         pool = await closing.enter_async_context(open_pool(database_url, 4))
+        passwords = Argon2Passwords()
+        closing.push_async_callback(passwords.close)
         listener = socket.create_server(("127.0.0.1", 0))
         base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        parts = _parts(log, pool, closing, base_url)
-        app = create_app(parts.server)
+        parts = _parts(log, pool, closing)
+        layout = await _over_kafka(parts, database_url, broker, closing) if broker else _embedded(parts)
+        server = _server(parts, layout, base_url, passwords)
+        app = create_app(server)
+        layout.heard.append(app.state.on_records)
         http = _Http(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
-        tasks = [asyncio.create_task(each) for each in (*parts.tasks, http.serve([listener]))]
+        tasks = [asyncio.create_task(each) for each in (*layout.tasks, http.serve([listener]))]
         await asyncio.wait_for(http.serves.wait(), STARTED_S)
         try:
-            yield Platform(base_url, asyncio.get_running_loop(), parts.server, parts.model, log, app)
+            yield Platform(base_url, asyncio.get_running_loop(), server, parts.model, log, app)
         finally:
             http.should_exit = True
             await asyncio.wait(tasks[-1:], timeout=5)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=5)
-            await parts.work.drain(1.0)
+            for work in layout.works:
+                await work.drain(1.0)
 
 
 class _Http(uvicorn.Server):
@@ -307,14 +433,14 @@ class _Http(uvicorn.Server):
 
 
 @contextmanager
-def running(database_url: str) -> Iterator[Platform]:
-    """A server in a thread of its own."""
+def running(database_url: str, broker: str | None = None) -> Iterator[Platform]:
+    """A server in a thread of its own; with a broker, laid out around that."""
     ready, stop = threading.Event(), threading.Event()
     found: list[Platform] = []
     failures: list[BaseException] = []
 
     async def serve() -> None:
-        async with _served(database_url) as platform:
+        async with _served(database_url, broker) as platform:
             found.append(platform)
             ready.set()
             await asyncio.to_thread(stop.wait)

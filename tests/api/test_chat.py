@@ -315,9 +315,13 @@ async def test_a_stream_joined_in_the_middle_has_what_was_written_before(ada: Pe
 
 
 async def test_a_new_attempt_takes_back_what_the_last_one_wrote(ada: Person) -> None:
-    body = {"message": f"[[flaky {uuid4()}]]", "stream": True}
+    gate, events = str(uuid4()), []
+    body = {"message": f"[[flaky {gate}]]", "stream": True}
     async with ada.client.events("POST", "/api/v1/chat", body, key=ada.agent_key) as stream:
-        events = [event async for event in stream]
+        async for event in stream:
+            events.append(event)
+            if event.name == "token":
+                ada.platform.model.open_gate(gate)
     names = [event.name for event in events]
     reset = names.index("reset")
     assert said(events[:reset]) == "These words are "
