@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer
@@ -22,7 +23,6 @@ from adapters.kafka.clients import (
     FETCH_BYTES_MAX,
     FETCH_WAIT_MS,
     HEARTBEAT_MS,
-    METADATA_AGE_MS,
     REQUEST_MS,
     SESSION_MS,
     KafkaConfig,
@@ -33,11 +33,16 @@ from schemas.topics import RECORD_BYTES_MAX
 
 log_of = logging.getLogger(__name__)
 
+METADATA_MS: Final = 5_000  # how late it is noticed that the topic was made anew
 POLL_RECORDS_MAX: Final = 500
 REBALANCE_MS: Final = 20_000  # what members get to let go of their partitions
 THREAD_END_S: Final = 2.0
 SEEK_S: Final = 10.0
 LOOK_S: Final = 1.0
+TWINS_S: Final = 60.0
+TWINS_MAX: Final = (
+    3  # times in `TWINS_S` that a member with a name may be thrown out and still be the only one of it
+)
 SILENT_S: Final = 90.0  # without a group, or without asking for records, while the broker answers
 
 
@@ -80,6 +85,7 @@ class WorkerConsumer(Consumer):
     def __init__(self, transport: Any, *, kafka: KafkaConfig, **options: Any) -> None:
         self.kafka = kafka
         self.polled_s = self._well_s = time.monotonic()
+        self._member, self._joined_s = "", deque[float](maxlen=TWINS_MAX + 2)
         super().__init__(transport, **options)
 
     def trouble(self) -> str | None:
@@ -92,6 +98,8 @@ class WorkerConsumer(Consumer):
             return f"the group has ended our membership: {fatal!r}"
         if coordinator._coordination_task.done() and not coordinator._closing.done():
             return "nobody keeps our membership in the group"
+        if self._has_a_twin(coordinator.member_id):
+            return "another process has our name; the group throws out the one for the other"
         now_s = time.monotonic()
         is_silent = now_s - self.polled_s > SILENT_S or coordinator.generation < 0
         if coordinator.coordinator_id is None or not is_silent:
@@ -99,6 +107,16 @@ class WorkerConsumer(Consumer):
         elif now_s - self._well_s > SILENT_S:
             return f"no records were asked for in {SILENT_S:g} s, although the broker answers"
         return None
+
+    def _has_a_twin(self, member: str) -> bool:
+        # A member that joins under a name is given a new id, and the one that had the name does not hear why it has
+        # lost it: aiokafka joins again, and so on.
+        if self.app.conf.consumer_group_instance_id is None or not member or member == self._member:
+            return False
+        self._member = member
+        self._joined_s.append(time.monotonic())
+        times = self._joined_s
+        return len(times) == times.maxlen and times[-1] - times[0] < TWINS_S
 
     def lag(self, partition: Any, next_offset: int | None) -> int:
         """Records of a partition behind `next_offset`; None stands for what is committed."""
@@ -152,7 +170,7 @@ class _Thread(AIOKafkaConsumerThread):
         has_tables = bool(self.app.tables.changelog_topics)
         self._assignor = self.app.assignor if has_tables else RoundRobinPartitionAssignor
         return AIOKafkaConsumer(
-            **consumer.kafka.client_options() | {"metadata_max_age_ms": METADATA_AGE_MS},
+            **consumer.kafka.client_options() | {"metadata_max_age_ms": METADATA_MS},
             client_id=conf.broker_client_id,
             group_id=conf.id,
             group_instance_id=conf.consumer_group_instance_id,

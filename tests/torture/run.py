@@ -298,7 +298,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oshaani-torture-")))
         folder.chmod(0o755)
-        postgres = PostgresServer(folder / "postgres", {"fsync": "off"})
+        postgres = PostgresServer(folder, {"fsync": "off"})
         postgres.start()
         stack.callback(postgres.stop)
         kafka = KafkaServer(folder / "kafka")
