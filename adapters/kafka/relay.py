@@ -26,6 +26,7 @@ from adapters.kafka.relay_lanes import Broker, Lane, TopicsChanged, open_broker
 from adapters.kafka.relay_ranges import Ranges, lease_of, shards_of
 from domain.crash_points import crash_point
 from domain.event_log import EventLog, LogUnavailable, StoredEvent
+from domain.ids import SHARDS
 from domain.leases import Leases, Mark
 from schemas.topics import LOG, TOPICS, partition_of
 from schemas.wire import TooLarge, pack
@@ -113,41 +114,34 @@ class _Shard:
     def rear(self) -> int:
         return min(cursor.read for cursor in self.cursors)
 
-    def take(self, rows: Sequence[StoredEvent]) -> set[Lane]:
-        """Append events to the lanes of the topics that come to them next; the lanes that got any."""
+    def take(self, rows: Sequence[StoredEvent]) -> list[Lane]:
+        """Append events to the lanes of the topics that come to them next; those lanes."""
         first, last = rows[0].position, rows[-1].position
         active = [cursor for cursor in self.cursors if cursor.read == first - 1]
         if not active or last - first != len(rows) - 1:
             raise LogNotDense(f"after {self.front} in shard {self.number} the log gave {first} to {last}")
         takers = self.takers if len(active) == len(self.cursors) else {}
-        used: set[Lane] = set()
         for row in rows:
             lanes = takers.get(row.type)
             if lanes is None:
                 lanes = takers[row.type] = tuple(
                     cursor.lane for cursor in active if cursor.types is None or row.type in cursor.types
                 )
+            if not lanes:
+                continue
             try:
-                self._append(row, lanes)
+                key, value = row.stream_id.bytes, pack(row)
             except TooLarge as failure:
                 # Everything before it has gone; what follows must wait for somebody to look.
                 log_of.error("shard %d stands still: %s", self.number, failure)
                 self.stuck, last = str(failure), row.position - 1
                 break
-            used.update(lanes)
+            for lane in lanes:
+                lane.append(key, value)
         for cursor in active:
             cursor.read_to(last)
         self.front = max(self.front, last)
-        return used
-
-    def _append(self, row: StoredEvent, lanes: Sequence[Lane]) -> None:
-        if not lanes:
-            return
-        key, value = row.stream_id.bytes, pack(row)
-        assert row.recorded_at is not None, "the log sets the time of record"
-        at_ms = int(row.recorded_at.timestamp() * 1000)
-        for lane in lanes:
-            lane.append(key, value, at_ms)
+        return [cursor.lane for cursor in active]
 
 
 @dataclass(slots=True)
@@ -276,6 +270,21 @@ class Relay:
         self._trouble = trouble
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A page that is being read: what is new of the `wanted` of the shards that were served when it began."""
+
+    shards: dict[int, _Shard]
+    wanted: dict[int, int]
+    limit: int
+    rows: asyncio.Task[list[StoredEvent]]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it leaves no shard out."""
+        return len(self.wanted) == len(self.shards)
+
+
 class _Session:
     """What a relay does with one producer, until that fails or the topics change."""
 
@@ -286,7 +295,8 @@ class _Session:
         self._lanes: dict[TopicPartition, Lane] = {}
         self._ebbed = asyncio.Event()
         self._leasing = asyncio.Lock()
-        self._served = -1  # the shard that was read last, when there was more than a page
+        self._ahead: _Reading | None = None
+        self._width = SHARDS  # how many shards a page is read of
         self._page = PAGE
         self.active: dict[int, _Range] = {}
 
@@ -426,22 +436,28 @@ class _Session:
     # --- reading
 
     async def _read(self) -> None:
+        try:
+            await self._follow()
+        finally:
+            if self._ahead is not None:
+                self._ahead.rows.cancel()
+
+    async def _follow(self) -> None:
         pause_s = POLL_FIRST_S
         while True:
             self._relay._woken.clear()
             while self.waiting > IN_FLIGHT_MAX or self._waiting_bytes() > IN_FLIGHT_BYTES_MAX:
                 await self._ebb()
             try:
-                found, more = await self._read_front()
-                more = await self._read_rear() or more
+                found = await self._read_front()
+                more = await self._read_rear() or self._ahead is not None
             except LogUnavailable as failure:
                 self._relay._say(f"the relay waits for the log: {failure!r}")
-                found, more = False, False
+                found = more = False
             else:
                 if self._relay._trouble and not self.waiting:
                     self._relay._say("")
             if more:
-                await asyncio.sleep(0)
                 continue
             pause_s = POLL_FIRST_S if found else min(pause_s * 2, POLL_MAX_S)
             await asyncio.sleep(READ_PAUSE_S)
@@ -451,17 +467,33 @@ class _Session:
             except TimeoutError:
                 pass
 
-    async def _read_front(self) -> tuple[bool, bool]:
-        """Read what is new: whether there was anything, and whether there is more at once."""
+    async def _read_front(self) -> bool:
+        """Send a page of what is new, while the next one is read if there is more: whether there was anything."""
+        reading, self._ahead = self._ahead or self._begin_page(-1, []), None
+        rows = await reading.rows
+        if len(rows) >= reading.limit:
+            self._width = len({row.shard for row in rows})
+            self._ahead = self._begin_page(rows[-1].shard, rows)
+        elif not reading.is_whole:
+            self._width *= 2
+            self._ahead = self._begin_page(max(reading.wanted), rows)
+        if self._ahead is not None:
+            await asyncio.sleep(0)  # has the database at it
+        self._send(rows, reading.shards)
+        return bool(rows)
+
+    def _begin_page(self, served: int, unsent: Sequence[StoredEvent]) -> _Reading:
+        """Begin to read what is new of the shards behind `served`, or of all again when those were the last.
+
+        In turns, so that a busy shard does not keep others waiting; and of no more shards than give a page, because for
+        each of them the database looks up as much.
+        """
         shards = self._shards()
-        begun, self._served = self._served, -1
-        page = self._page
-        rows = await self._page_of({n: each.front for n, each in shards.items() if n > begun})
-        if len(rows) >= page:
-            # The next page begins behind this shard, so that a busy one does not keep others waiting.
-            self._served = rows[-1].shard
-        self._send(rows, shards)
-        return bool(rows), self._served >= 0 or begun >= 0
+        numbers = sorted(number for number in shards if number > served) or sorted(shards)
+        fronts = {number: shards[number].front for number in numbers[: self._width]}
+        fronts.update((row.shard, row.position) for row in unsent if row.shard in fronts)
+        self._width = min(self._width, len(shards)) or 1
+        return _Reading(shards, fronts, self._page, asyncio.create_task(self._page_of(fronts)))
 
     async def _read_rear(self) -> bool:
         """Read again for topics that are behind the others: whether there were any."""
@@ -491,12 +523,12 @@ class _Session:
         return sum(lane.waiting_bytes for lane in self._lanes.values() if lane.waiting)
 
     def _send(self, rows: Sequence[StoredEvent], read: Mapping[int, _Shard]) -> None:
-        served = self._shards()
+        served = {} if self._relay.is_draining else self._shards()
         lanes: set[Lane] = set()
         for number, found in groupby(rows, attrgetter("shard")):
             # While they were read, the shard may have been lost, and even won again from other marks.
             if served.get(number) is read[number]:
-                lanes |= read[number].take(list(found))
+                lanes.update(read[number].take(list(found)))
         for lane in lanes:
             lane.flush()
 

@@ -49,20 +49,21 @@ class Lane:
         """What they take in memory."""
         return self._sending_bytes + int(sum(batch.size() for batch in self._batches))
 
-    def append(self, key: bytes, value: bytes, at_ms: int) -> None:
+    def append(self, key: bytes, value: bytes) -> None:
         """Put a record behind those before it; `flush` sends it."""
         batch = self._open
-        if batch is None or batch.append(timestamp=at_ms, key=key, value=value) is None:
+        if batch is None or batch.append(timestamp=None, key=key, value=value) is None:
             batch = self._open = self._broker.producer.create_batch()
             self._batches.append(batch)
             # A batch takes its first record whatever its size.
-            taken = batch.append(timestamp=at_ms, key=key, value=value)
+            taken = batch.append(timestamp=None, key=key, value=value)
             assert taken is not None, "an empty batch takes a record"
         self.sent += 1
 
     def flush(self) -> None:
         """Have what was appended sent."""
-        self._more.set()
+        if self._batches:
+            self._more.set()
 
     async def run(self) -> None:
         """Send what is appended, until cancelled.
