@@ -18,12 +18,12 @@ from api.call import Call, CallDep
 from api.envelopes import Envelope, enveloped, instant
 from api.errors import Problem, invalid
 from api.principals import UserCall
-from commands.user import LogIn, RegisterUser
+from commands.user import EraseUser, LogIn, RegisterUser
 from domain.errors import NotFound
 from domain.ids import UserId, derived
 from domain.ports import Login
 from domain.user import User, canonical_email
-from projections.users import get_user
+from projections.users import belongings_of, get_user
 
 PASSWORD_CHARS_MIN, PASSWORD_CHARS_MAX = 8, 1024
 FAILURES_MAX, FAILURES_ANYWHERE_MAX, FAILURES_S = 10, 100, 900.0
@@ -49,6 +49,12 @@ class LoginBody(Body):
 
     email: Email
     password: Annotated[str, Field(max_length=PASSWORD_CHARS_MAX)]
+
+
+class EraseBody(Body):
+    """The account's own address, as a confirmation."""
+
+    email: Email
 
 
 class UserData(BaseModel):
@@ -160,6 +166,27 @@ async def me(request: Request, call: UserCall) -> Response:
         "csrf_token": token,
     }
     return enveloped(data, "You.")
+
+
+@router.delete("/api/auth/me", status_code=202, response_model=Envelope[None])
+async def erase_me(call: UserCall, body: EraseBody) -> Response:
+    """Erase the account for ever: logins, keys, agents, secrets, and every text in it. Amounts stay in the ledger."""
+    principal, server = call.caller(), call.server
+    await call.reads()
+    row = await get_user(server.db, principal.owner_id)
+    if row is None or row.email is None:
+        raise NotFound("user")
+    if canonical_email(body.email) != canonical_email(row.email):
+        raise invalid("/email", "This is not the account's e-mail address; repeat it to confirm.", "mismatch")
+    found = await belongings_of(server.db, principal.owner_id)
+    await call.execute(
+        EraseUser(tenant_id=principal.owner_id, agent_ids=found.agent_ids, turn_ids=found.turn_ids)
+    )
+    await server.sessions.end_all(principal.owner_id)
+    response = enveloped(None, "Your account is being erased.", 202)
+    if principal.kind == "session":
+        await call.shared.principals.end_session(principal, response)
+    return response
 
 
 async def _enter(call: Call, user_id: UserId, email: str, name: str, status: int) -> Response:

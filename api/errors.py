@@ -15,7 +15,7 @@ from commands.command import RefusedBefore
 from domain.errors import Refusal
 from domain.event_log import LogUnavailable
 from domain.money import credits
-from domain.ports import Busy
+from domain.ports import Busy, SubjectErased
 from projections.read_side import ReadSideUnavailable
 from schemas.codec import encode_json
 
@@ -129,6 +129,8 @@ def problem_of(failure: Exception, by_owner: bool, base_url: str) -> Problem | N
             return failure
         case Refusal():
             return _of_refusal(failure, by_owner, base_url)
+        case SubjectErased():
+            return not_found("user")
         case LogUnavailable() | ReadSideUnavailable():
             return Problem("dependency_unavailable", "The database cannot be reached now; nothing was lost.")
         case Overloaded() | Busy():

@@ -400,6 +400,14 @@ def end_overdue_turn(command: EndOverdueTurn, write: WriteSide) -> None:
     _go_on(turn, write)
 
 
+def cancel_unless_over(turn_id: TurnId, reason: str, write: WriteSide) -> None:
+    """Cancel a turn of the command's tenant, if there is one of this id that is not over."""
+    turn = write.find(Turn, turn_id)
+    if turn is not None and turn.outcome is None:
+        turn.cancel(write.actor, reason, write.now)
+        _leave_conversation(turn, write)
+
+
 # --- shared --------------------------------------------------------------------------------------------------------
 
 

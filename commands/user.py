@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from commands.command import Command, Result, WriteSide, handles
+from commands.turn import cancel_unless_over
+from domain.agent import Agent
 from domain.credit_account import CreditAccount
 from domain.errors import AlreadyExists
-from domain.ids import account_of, derived
+from domain.ids import AgentId, TurnId, account_of, derived
 from domain.user import User
 
 
@@ -55,6 +57,21 @@ class RevokeUserKey(Command):
     key_id: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EraseUser(Command):
+    """Forget a person. `agent_ids` and `turn_ids`: the agents that there are, and the turns that are not over."""
+
+    agent_ids: tuple[AgentId, ...]
+    turn_ids: tuple[TurnId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompleteErasure(Command):
+    """The person's keys are destroyed."""
+
+    destroyed_keys: int
+
+
 @handles(RegisterUser)
 def register_user(command: RegisterUser, write: WriteSide) -> Result:
     if write.find(User, command.tenant_id) is not None:
@@ -90,3 +107,24 @@ def issue_user_key(command: IssueUserKey, write: WriteSide) -> Result:
 @handles(RevokeUserKey)
 def revoke_user_key(command: RevokeUserKey, write: WriteSide) -> None:
     write.get(User, command.tenant_id).revoke_key(command.key_id)
+
+
+@handles(EraseUser)
+def erase_user(command: EraseUser, write: WriteSide) -> None:
+    user = write.get(User, command.tenant_id)
+    user.request_erasure(write.now)
+    for turn_id in command.turn_ids:
+        cancel_unless_over(turn_id, "The account is being erased.", write)
+    for agent_id in command.agent_ids:
+        agent = write.find(Agent, agent_id)
+        if agent is not None and not agent.deleted:
+            agent.delete()
+    if user.erasure == "requested":
+        write.due("erasure", user.id, user.id, write.now)
+
+
+@handles(CompleteErasure)
+def complete_erasure(command: CompleteErasure, write: WriteSide) -> None:
+    user = write.get(User, command.tenant_id)
+    user.complete_erasure(command.destroyed_keys, write.now)
+    write.done("erasure", user.id, user.id)

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Literal, NamedTuple, Protocol
 from uuid import UUID
 
-DueKind = Literal["turn", "tool_call", "callback"]
+DueKind = Literal["turn", "tool_call", "callback", "erasure"]
 
 
 class StoredEvent(NamedTuple):

@@ -273,6 +273,9 @@ class Vault(Protocol):
     async def remove(self, tenant_id: UUID, secret_ref: str) -> None:
         """Forget it for ever."""
 
+    async def remove_all(self, tenant_id: UUID) -> None:
+        """Forget every secret of a tenant for ever, and what they were encrypted with."""
+
 
 class SubjectErased(Exception):
     """The subject's key was destroyed: nothing new may be sealed for it."""

@@ -49,7 +49,7 @@ from stream_processors.agent_turns import agent_turns
 from stream_processors.credit_debits import credit_debits
 from stream_processors.history import ConversationHistory
 from stream_processors.notifications import notifications
-from stream_processors.processor import WayOut, Work
+from stream_processors.processor import Erasing, WayOut, Work
 from stream_processors.sweeper import Sweeper
 from stream_processors.tool_calls import tool_calls
 
@@ -201,7 +201,13 @@ def work_of(core: Core, means: Means, worker: str, feed: TurnFeed) -> Work:
         utc_now,
         core.settings.model_timeout_s,
         out=WayOut(core.log, core.records, means.egress, DerivedWebhookSecrets(core.secret)),
+        erasing=erasing_of(core),
     )
+
+
+def erasing_of(core: Core) -> Erasing:
+    """What it takes to forget a person."""
+    return Erasing(core.key_ring, core.vault, core.logins, identity.PostgresSessions(core.pool))
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ import psycopg
 from projections import tables
 from projections.checkpoints import Connection, Parked, Progress, parked_at
 from projections.fold import Fold, RowExists, edited
-from projections.projection import Change
+from projections.projection import Change, Forget
 from schemas.records import AnyRecord, Unreadable
 
 log_of = logging.getLogger(__name__)
@@ -34,15 +34,34 @@ async def apply(
         BatchRefused: the transaction is lost.
     """
     batches, parked = _changes(work, records)
+    count = begun = 0
+    try:
+        for end, changes in enumerate(batches):
+            if changes and type(changes[0]) is Forget:
+                count += await _write(connection, work, batches[begun:end])
+                count += await _forget(connection, work, changes)
+                begun = end + 1
+        count += await _write(connection, work, batches[begun:])
+    except (RowExists, psycopg.IntegrityError, psycopg.DataError) as refused:
+        raise BatchRefused(str(refused)) from refused
+    return count, parked
+
+
+async def _write(connection: Connection, work: Progress, batches: Sequence[Sequence[Change]]) -> int:
     wanted = [key for changes in batches for key in edited(changes)]
     loaded = await tables.load(connection, work.shapes, wanted) if wanted else {}
     fold = Fold(work.shapes, loaded)
-    try:
-        for changes in batches:
-            fold.add(changes)
-        return await tables.write(connection, work.shapes, fold), parked
-    except (RowExists, psycopg.IntegrityError, psycopg.DataError) as refused:
-        raise BatchRefused(str(refused)) from refused
+    for changes in batches:
+        fold.add(changes)
+    return await tables.write(connection, work.shapes, fold)
+
+
+async def _forget(connection: Connection, work: Progress, changes: Sequence[Change]) -> int:
+    found = [change for change in changes if isinstance(change, Forget)]
+    if work.forgets is not None:
+        work.forgets += found
+        return 0
+    return sum([await tables.forget(connection, change) for change in found])
 
 
 async def apply_one_by_one(

@@ -12,7 +12,7 @@ import psycopg
 from domain.ids import SHARDS
 from domain.prices import RATE_CARDS
 from projections.fold import Shapes
-from projections.projection import Projection
+from projections.projection import Forget, Projection
 from schemas.codec import encode_json
 from schemas.records import AnyRecord, Unreadable
 
@@ -91,6 +91,7 @@ class Progress:
     shapes: Shapes
     positions: list[int] = field(default_factory=lambda: [0] * SHARDS)
     waiting: set[UUID] = field(default_factory=set)
+    forgets: list[Forget] | None = None  # while tables without indexes are filled: what to forget afterwards
     handled: dict[str, Any] = field(init=False)
     nouns: frozenset[str] = field(init=False)  # aggregates whose unknown events concern it
 

@@ -8,7 +8,8 @@ from typing import Literal
 from uuid import UUID
 
 from domain.conversation import Conversation
-from projections.projection import Increment, Insert, Projection, Update
+from domain.user import User
+from projections.projection import Forget, Increment, Insert, Projection, Update
 from projections.read_side import NEWEST_POSITION, PAGE_MAX, After, ReadSide, page
 from schemas.records import Record
 
@@ -16,7 +17,7 @@ SEARCHED_MAX = 20_000  # messages that one page of a search looks through
 
 conversations = Projection(
     "conversations",
-    version=2,
+    version=3,
     tables="""
     CREATE TABLE conversation (
         conversation_id uuid        PRIMARY KEY,
@@ -222,6 +223,11 @@ def message_sent(record: Record[Conversation.MessageSent]) -> tuple[Insert, Incr
 @conversations.on(Conversation.AssistantReplied)
 def assistant_replied(record: Record[Conversation.AssistantReplied]) -> tuple[Insert, Increment, Update]:
     return _message(record, "assistant", record.event.replied_at)
+
+
+@conversations.on(User.Erased)
+def erased(record: Record[User.Erased]) -> Forget:
+    return Forget("message", record.tenant_id, ("content",))
 
 
 def _message(

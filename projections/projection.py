@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
+from uuid import UUID
 
 from eventsourcing.domain import AggregateEvent
 
@@ -65,7 +66,20 @@ class Delete(NamedTuple):
     key: Key
 
 
-Change = Insert | Update | Increment | Count | Edit | Delete
+class Forget(NamedTuple):
+    """Set columns of all rows of a tenant to NULL; the table has a column `tenant_id` with an index.
+
+    The rows must become what they would be had the events come without their personal fields, as they do in a rebuild.
+    For rare events, which mean nothing else. `where` may leave rows out whose texts are the program's own.
+    """
+
+    table: str
+    tenant_id: UUID
+    columns: tuple[str, ...]
+    where: str = "true"
+
+
+Change = Insert | Update | Increment | Count | Edit | Delete | Forget
 Changes = Change | Iterable[Change] | None
 Handler = Callable[[Any], Changes]
 HandlerT = TypeVar("HandlerT", bound=Callable[..., Changes])
@@ -116,4 +130,4 @@ class Projection:
         return [found] if isinstance(found, _CHANGES) else list(found)
 
 
-_CHANGES = (Insert, Update, Increment, Count, Edit, Delete)
+_CHANGES = (Insert, Update, Increment, Count, Edit, Delete, Forget)

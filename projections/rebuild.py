@@ -24,7 +24,7 @@ from projections.applying import BatchRefused, Readable, apply, apply_one_by_one
 from projections.checkpoints import SCHEMA, Connection, Parked, Progress
 from projections.projection import Projection
 from projections.read_side import Deadline, Pool
-from projections.tables import shapes_of, table_names
+from projections.tables import forget, shapes_of, table_names
 from schemas.codec import EVENT_TYPES
 from schemas.records import Records
 
@@ -200,7 +200,7 @@ class Building:
             for projection in self._projections:
                 await _script(self._writer, projection.tables)
                 shapes = await shapes_of(self._writer, projection, BUILDING)
-                self._works.append(Progress(projection, shapes))
+                self._works.append(Progress(projection, shapes, forgets=[]))
 
     async def _catch_up(self, heads: list[int], progress: Report) -> None:
         total = sum(heads)
@@ -223,6 +223,11 @@ class Building:
                 await _script(self._writer, projection.indexes)
                 for table in table_names(projection):
                     await self._writer.execute(f"ANALYZE {table}".encode())
+            async with self._writer.transaction():
+                for work in self._works:
+                    for change in work.forgets or ():
+                        await forget(self._writer, change)
+                    work.forgets = None
 
     async def _swap(self) -> None:
         for attempt in range(SWAP_TRIES_MAX):

@@ -22,6 +22,7 @@ from psycopg_pool import PoolTimeout
 from domain.crash_points import crash_point
 from domain.event_log import EventLog, LogUnavailable, StoredEvent
 from domain.ids import SHARDS
+from domain.user import User
 from projections import checkpoints
 from projections import rebuild as building
 from projections.applying import BatchRefused, Readable, apply, apply_one_by_one
@@ -40,6 +41,7 @@ LINGER_S = 0.2  # how long a batch waits for company when nobody waits for it
 POLL_FIRST_S, POLL_MAX_S = 0.05, 0.25  # a key revoked by another process is refused within a second
 PAUSE_FIRST_S, PAUSE_MAX_S = 0.1, 2.0
 BATCH_S = 9.0  # what one transaction may take before its connection is cut
+FORGET_S = 600.0  # and one that empties all rows of a person
 
 OUTAGE = (psycopg.Error, OSError, PoolTimeout, LogUnavailable, TimeoutError)
 
@@ -85,14 +87,12 @@ class Runner:
         records: Records,
         projections: Sequence[Projection] = PROJECTIONS,
         metrics: Metrics | None = None,
-        linger_s: float = LINGER_S,
     ) -> None:
         self._pool, self._deadline, self._log, self._records = pool, deadline, log, records
         self._projections = {projection.name: projection for projection in projections}
         handled = [(name, how) for each in projections for name, how in each.handled.items()]
         self._types = frozenset(name for name, _ in handled)
         self._personal = frozenset(name for name, how in handled if how.personal)
-        self._linger_s = linger_s
         self._metrics: Metrics = metrics or NoMetrics()
         self._works: dict[str, Progress] = {}
         self._heads = [0] * SHARDS
@@ -102,6 +102,7 @@ class Runner:
         self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
         self._torn: set[int] = set()  # shards of the log that have a gap; looked at again with every poll
         self._poll_s = POLL_FIRST_S
+        self._hurry_until_s = 0.0
         self._rebuilding = asyncio.Lock()
 
     # --- what others ask
@@ -141,6 +142,11 @@ class Runner:
         finally:
             self._waiters.remove(waiter)
         return True
+
+    def hurry(self) -> None:
+        """Somebody elsewhere waits for what is on its way here: for a moment, no batch waits for company."""
+        self._hurry_until_s = monotonic() + LINGER_S
+        self._urgent.set()
 
     async def ready(self, timeout_s: float) -> bool:
         """Wait until every projection is live. False when some are still being built."""
@@ -260,9 +266,10 @@ class Runner:
                 self._poll_s = min(self._poll_s * 2, POLL_MAX_S)
                 self._behind = await self._log_has_more()
                 return
-        if len(self._offered) < BATCH_MAX and not self._waiters:
+        is_awaited = self._waiters or monotonic() < self._hurry_until_s
+        if len(self._offered) < BATCH_MAX and not is_awaited:
             self._urgent.clear()
-            await self._wait(self._urgent, self._linger_s)
+            await self._wait(self._urgent, LINGER_S)
         self._wake.clear()
 
     async def _wait(self, event: asyncio.Event, seconds: float) -> bool:
@@ -359,7 +366,9 @@ class Runner:
 
     async def _apply(self, works: Sequence[Progress], batch: _Batch, how: Applying) -> int:
         row_count = 0
-        async with self._connection() as connection, connection.transaction():
+        forgets = any(record.type == User.Erased.TOPIC for record in batch.records)
+        limit_s = FORGET_S if forgets else BATCH_S
+        async with self._connection(limit_s) as connection, connection.transaction():
             await self._lock(connection, works)
             moved: list[tuple[Progress, list[int]]] = []
             parked: list[checkpoints.Parked] = []
@@ -397,9 +406,9 @@ class Runner:
             raise _Overtaken
 
     @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Connection]:
+    async def _connection(self, limit_s: float = BATCH_S) -> AsyncIterator[Connection]:
         async with self._pool.connection(timeout=BATCH_S) as connection:
-            with self._deadline(connection, BATCH_S):
+            with self._deadline(connection, limit_s):
                 yield connection
 
 

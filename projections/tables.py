@@ -14,7 +14,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 from projections.fold import Fold, Folded, Row, Shape, Shapes
-from projections.projection import Key, Projection
+from projections.projection import Forget, Key, Projection
 from schemas.codec import encode_json, without_nul
 
 Connection = psycopg.AsyncConnection[Any]
@@ -90,6 +90,15 @@ async def write(connection: Connection, shapes: Shapes, fold: Fold) -> int:
         if rows:
             count += await _write_table(connection, shapes[table], rows)
     return count
+
+
+async def forget(connection: Connection, change: Forget) -> int:
+    """Empty columns of all rows of a tenant, however many there are; how many that was."""
+    assignments = ", ".join(f"{column} = NULL" for column in change.columns)
+    filled = " OR ".join(f"{column} IS NOT NULL" for column in change.columns)
+    query = f"UPDATE {change.table} SET {assignments} WHERE tenant_id = %s AND ({filled}) AND {change.where}"
+    await connection.execute("SET LOCAL statement_timeout = 0")
+    return (await connection.execute(_sql(query), (change.tenant_id,))).rowcount
 
 
 async def _write_table(connection: Connection, shape: Shape, rows: Mapping[Key, Folded]) -> int:

@@ -8,13 +8,14 @@ from typing import Any
 from uuid import UUID
 
 from domain.turn import OUTCOME_UNKNOWN, Turn
-from projections.projection import Insert, Projection, Update
+from domain.user import User
+from projections.projection import Forget, Insert, Projection, Update
 from projections.read_side import ReadSide
 from schemas.records import Record
 
 tool_calls = Projection(
     "tool_calls",
-    version=1,
+    version=2,
     tables="""
     CREATE TABLE tool_call (
         turn_id      uuid        NOT NULL,
@@ -37,6 +38,9 @@ tool_calls = Projection(
         ended_at     timestamptz,
         PRIMARY KEY (turn_id, tool_call_id)
     );""",
+    indexes="""
+    CREATE INDEX tool_call_by_tenant ON tool_call (tenant_id);
+    """,
 )
 
 
@@ -120,3 +124,11 @@ def called(record: Record[Turn.ToolCalled]) -> Update:
 def outcome_unknown(record: Record[Turn.ToolCallOutcomeUnknown]) -> Update:
     columns = {"outcome": "unknown", "result": OUTCOME_UNKNOWN, "ended_at": record.recorded_at}
     return Update("tool_call", (record.stream_id, record.event.tool_call_id), columns)
+
+
+@tool_calls.on(User.Erased)
+def erased(record: Record[User.Erased]) -> tuple[Forget, Forget]:
+    # What stands for an unknown outcome is our own text.
+    ours = "outcome IS DISTINCT FROM 'unknown'"
+    tenant_id = record.tenant_id
+    return Forget("tool_call", tenant_id, ("args",)), Forget("tool_call", tenant_id, ("result",), ours)

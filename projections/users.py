@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+from domain.ids import AgentId, TurnId
 from domain.user import User
 from projections.projection import Insert, Projection, Update
 from projections.read_side import ReadSide
@@ -13,7 +14,7 @@ from schemas.records import Record
 
 users = Projection(
     "users",
-    version=1,
+    version=2,
     tables="""
     CREATE TABLE app_user (
         user_id        uuid        PRIMARY KEY,    -- also the tenant
@@ -47,6 +48,28 @@ async def get_user(db: ReadSide, user_id: UUID) -> UserRow | None:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Belongings:
+    """What a person has that goes on by itself: agents, and turns that are not over."""
+
+    agent_ids: tuple[AgentId, ...]
+    turn_ids: tuple[TurnId, ...]
+
+
+async def belongings_of(db: ReadSide, user_id: UUID) -> Belongings:
+    """What must end when the person is forgotten."""
+    arguments = {"user_id": user_id}
+    agents = await db.rows("SELECT agent_id FROM agent WHERE tenant_id = %(user_id)s", arguments)
+    turns = await db.rows(
+        """
+        SELECT request_id FROM request
+         WHERE tenant_id = %(user_id)s AND status IN ('pending', 'processing')
+        """,
+        arguments,
+    )
+    return Belongings(tuple(AgentId(id) for (id,) in agents), tuple(TurnId(id) for (id,) in turns))
+
+
 @users.on(User.Registered)
 def registered(record: Record[User.Registered]) -> Insert:
     user = record.event
@@ -63,6 +86,11 @@ def registered(record: Record[User.Registered]) -> Insert:
 @users.on(User.LoggedIn)
 def logged_in(record: Record[User.LoggedIn]) -> Update:
     return Update("app_user", (record.stream_id,), {"first_login_at": record.recorded_at})
+
+
+@users.on(User.Erased)
+def erased(record: Record[User.Erased]) -> Update:
+    return Update("app_user", (record.stream_id,), {"email": None, "name": None})
 
 
 @users.on(User.Promoted)

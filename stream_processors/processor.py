@@ -20,7 +20,19 @@ from commands.command import Command, Outcome
 from domain.agent import Agent
 from domain.configuration import Settings
 from domain.event_log import EventLog, LogUnavailable
-from domain.ports import Clock, Egress, ModelCard, ModelReply, ModelRequest, Tool, WebhookSecrets
+from domain.ports import (
+    Clock,
+    Egress,
+    KeyRing,
+    Logins,
+    ModelCard,
+    ModelReply,
+    ModelRequest,
+    Sessions,
+    Tool,
+    Vault,
+    WebhookSecrets,
+)
 from schemas.records import AnyRecord, Records
 from schemas.turn_feed import TurnFeed
 from stream_processors.history import ConversationHistory
@@ -53,6 +65,16 @@ class Toolbox(Protocol):
         """What the agent may use now: enabled, and able to run on this server."""
 
 
+class UsageRows(Protocol):
+    """Rows by key, each with the tenant's shard: a table that its host rebuilds from a topic."""
+
+    def get(self, key: bytes) -> bytes | None:
+        """The row as this worker has it."""
+
+    def put(self, shard: int, key: bytes, value: bytes | None) -> Awaitable[None]:
+        """Keep a row, or with None remove it: here at once, durably when what is returned has ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """A model or tool call of a turn that this worker is at."""
@@ -65,21 +87,21 @@ class Running:
 class WayOut:
     """What it takes to tell callers' servers something."""
 
-class UsageRows(Protocol):
-    """Rows by key, each with the tenant's shard: a table that its host rebuilds from a topic."""
-
-    def get(self, key: bytes) -> bytes | None:
-        """The row as this worker has it."""
-
-    def put(self, shard: int, key: bytes, value: bytes | None) -> Awaitable[None]:
-        """Keep a row, or with None remove it: here at once, durably when what is returned has ended."""
-
-
     log: EventLog
     records: Records
     egress: Egress
     secrets: WebhookSecrets
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CALLBACKS_MAX))
+
+
+@dataclass(frozen=True, slots=True)
+class Erasing:
+    """Where what is known of a person is kept outside the log, and the keys to what is in it."""
+
+    keys: KeyRing
+    vault: Vault
+    logins: Logins
+    sessions: Sessions
 
 
 @dataclass(slots=True)
@@ -97,9 +119,11 @@ class Work:
     model_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MODEL_CALLS_MAX))
     tool_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(TOOL_CALLS_MAX))
     out: WayOut | None = None  # without one, this worker leaves callbacks to others
+    erasing: Erasing | None = None  # without it, erasures are left to others
     running: dict[UUID, Running] = field(default_factory=dict)
     retry_at: Callable[[datetime], None] = lambda at: None
     publication: Publication | None = None  # of workers that publish
+    usage_rows: UsageRows | None = None  # of the worker that watches usage
 
     @property
     def actor(self) -> str:
@@ -123,7 +147,6 @@ class Work:
             except (LogUnavailable, Overloaded) as failure:
                 lost = lost or isinstance(failure, LogUnavailable)
                 if self.clock() >= until:
-    usage_rows: UsageRows | None = None  # of the worker that watches usage
                     raise
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, PERSIST_PAUSE_MAX_S)

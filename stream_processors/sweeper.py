@@ -13,6 +13,7 @@ from commands.bus import LATEST
 from domain.event_log import DueRow, EventLog, LogUnavailable
 from domain.ids import ToolCallId, TurnId, UserId
 from stream_processors.agent_turns import abandon, step
+from stream_processors.erasures import erase
 from stream_processors.notifications import send_callback
 from stream_processors.processor import Work
 from stream_processors.tool_calls import retake_tool, run_tool
@@ -79,6 +80,8 @@ class Sweeper:
         try:
             if row.kind == "callback":
                 await send_callback(row.id, tenant_id, work, row.lost_worker)
+            elif row.kind == "erasure":
+                await erase(tenant_id, work)
             elif row.kind == "turn":
                 if row.lost_worker:
                     await abandon(turn_id, tenant_id, row.lost_worker, work)

@@ -35,3 +35,7 @@ class MemoryVault:
         if secret_id is None or self._sealed.pop((tenant_id, secret_id), None) is None:
             return
         self._ids = {name: each for name, each in self._ids.items() if each != secret_id}
+
+    async def remove_all(self, tenant_id: UUID) -> None:
+        self._sealed = {key: sealed for key, sealed in self._sealed.items() if key[0] != tenant_id}
+        self._ids = {key: each for key, each in self._ids.items() if key[0] != tenant_id}

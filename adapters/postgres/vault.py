@@ -87,6 +87,12 @@ class PostgresVault:
                 "DELETE FROM vault_secret WHERE tenant_id = %s AND secret_id = %s", [tenant_id, secret_id]
             )
 
+    async def remove_all(self, tenant_id: UUID) -> None:
+        self._ciphers.pop(tenant_id, None)
+        async with connected(self._pool) as connection, connection.transaction():
+            await connection.execute("DELETE FROM vault_secret WHERE tenant_id = %s", [tenant_id])
+            await connection.execute("DELETE FROM vault_key WHERE tenant_id = %s", [tenant_id])
+
     async def _cipher(self, tenant_id: UUID) -> AESGCM:
         cipher = self._ciphers.get(tenant_id)
         if cipher is None:

@@ -16,7 +16,7 @@ from domain.ids import AgentId, UserId, agent_of, derived, shard_of
 from domain.money import credits, ncr
 from domain.user import User
 from oshaani.cli import show
-from oshaani.cli.session import open_core, run
+from oshaani.cli.session import check_read_models, open_core, run
 from oshaani.cli.show import AsJson
 from oshaani.cli.streams import first_event, whole_stream
 from oshaani.cli.trouble import Failed
@@ -119,6 +119,22 @@ def grant_credits(
         show.line(f"{email} was given {credits(amount_ncr)} credits and has {posted}.")
 
 
+@user.command("erase")
+def erase_user(
+    email: Email,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Erase a person for ever: logins, keys, agents, secrets and every text. Amounts stay in the ledger."""
+    if not yes and not typer.confirm(f"Erase {email} for ever?"):
+        raise Failed("nothing was erased")
+    user_id = run(_erase(email))
+    if as_json:
+        show.document({"user_id": user_id, "erased": True})
+    else:
+        show.line(f"{user_id} is erased; what others keep of it by other means is theirs to erase.")
+
+
 @keys.command("list")
 def list_keys(owner: Owner, as_json: AsJson = False) -> None:
     """List the keys of a person or of an agent; revoked ones too."""
@@ -204,6 +220,24 @@ async def _promote(email: str, role: str) -> UserId:
     async with open_core() as core:
         user_id = await _user_of(core, email)
         await core.bus.execute(PromoteUser(tenant_id=user_id, role=role), by=ACTOR)
+        return user_id
+
+
+async def _erase(email: str) -> UserId:
+    from commands.user import CompleteErasure, EraseUser
+    from oshaani.wiring import erasing_of
+    from projections.users import belongings_of
+    from stream_processors.erasures import KEYS_DESTROYED, forget
+
+    async with open_core() as core:
+        await check_read_models(core)
+        user_id = await _user_of(core, email)
+        found = await belongings_of(core.db, user_id)
+        erase = EraseUser(tenant_id=user_id, agent_ids=found.agent_ids, turn_ids=found.turn_ids)
+        await core.bus.execute(erase, by=ACTOR)
+        await forget(user_id, erasing_of(core))
+        complete = CompleteErasure(tenant_id=user_id, destroyed_keys=KEYS_DESTROYED)
+        await core.bus.execute(complete, by=ACTOR, command_id=derived(user_id, "erased"))
         return user_id
 
 

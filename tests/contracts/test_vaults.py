@@ -70,6 +70,17 @@ async def test_a_removed_secret_is_gone_and_its_reference_never_comes_back(vault
     assert await vault.get(tenant, ref) is None
 
 
+async def test_all_secrets_of_a_tenant_go_and_new_ones_may_come(vault: Vault) -> None:
+    tenant, other = uuid4(), uuid4()
+    refs = [await vault.put(tenant, f"name {n}", "secret") for n in range(3)]
+    kept = await vault.put(other, "name", "theirs")
+    await vault.remove_all(tenant)
+    await vault.remove_all(tenant)
+    assert [await vault.get(tenant, ref) for ref in refs] == [None, None, None]
+    assert await vault.get(other, kept) == "theirs"
+    assert await vault.get(tenant, await vault.put(tenant, "name 0", "new")) == "new"
+
+
 @pytest.mark.parametrize(
     "ref", ["", "vault:", "vault:x", "vault:' OR 1=1", f"file:{UUID(int=1)}", f"vault:{UUID(int=1)} "]
 )

@@ -3,7 +3,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from uuid import UUID
 
-from domain.errors import InvalidValue, NotFound
+from domain.errors import Conflict, InvalidValue, NotFound
 from domain.ids import UserId
 from domain.user import API_KEYS_MAX, User
 from tests.domain.spec import given
@@ -44,6 +44,26 @@ def test_keys_are_issued_and_revoked():
     before.when(key_issued("key-2")).then(User.ApiKeyIssued, key_ids={"key-1", "key-2"})
     before.when(lambda user: user.revoke_key("key-1")).then(User.ApiKeyRevoked, key_ids=set())
     before.when(lambda user: user.revoke_key("key-2")).then_refused(NotFound)
+
+
+def erasing(user: User) -> None:
+    user.request_erasure(NOON)
+
+
+def test_who_is_to_be_forgotten_loses_every_key_at_once_and_gets_no_other():
+    when = given(registered, key_issued(), key_issued("key-2")).when(erasing)
+    when.then(User.ApiKeyRevoked, User.ApiKeyRevoked, User.ErasureRequested, key_ids=set())
+    asked = given(registered, erasing)
+    asked.when(erasing).then()
+    for step in (User.log_in, key_issued(), lambda user: user.promote("operator")):
+        asked.when(step).then_refused(NotFound)
+
+
+def test_an_erasure_is_completed_once():
+    done = lambda user: user.complete_erasure(2, NOON)  # noqa: E731
+    given(registered).when(done).then_refused(Conflict)
+    given(registered, erasing).when(done).then(User.Erased, erasure="done")
+    given(registered, erasing, done).when(done, erasing).then()
 
 
 def test_a_user_has_so_many_keys():

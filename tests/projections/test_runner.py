@@ -18,6 +18,7 @@ from projections.parking import Parking
 from projections.projection import Insert, Projection, Update
 from projections.reconciliation import reconcile
 from projections.runner import Runner
+from projections.users import users
 from schemas.records import AnyRecord, Record
 from tests.peers.proxy import Fault, proxy_before
 from tests.projections.world import WAIT_S, Person, World, all_applied, life_of, person, running
@@ -258,7 +259,8 @@ async def test_an_event_from_the_future_parks_its_stream(world: World) -> None:
         await other.signs_up()
         await all_applied(world, runner)
         waiting = await world.query("SELECT projection, stream_id FROM parked ORDER BY 1")
-        assert waiting == [("api_keys", someone.user_id), ("users", someone.user_id)]
+        handling = ("api_keys", "conversations", "tool_calls", "users")
+        assert waiting == [(name, someone.user_id) for name in handling]
         assert len(await world.query("SELECT * FROM app_user")) == 2
         await runner.rebuild("users")
         assert await world.query("SELECT projection, stream_id FROM parked ORDER BY 1") == waiting
@@ -283,7 +285,9 @@ async def test_a_newer_version_is_built_when_the_runner_starts(world: World) -> 
     async with running(world.runner()):
         await person(world, 1).signs_up()
         await person(world, 2).signs_up()
-    newer = Projection("users", 2, "CREATE TABLE app_user (user_id uuid PRIMARY KEY, shout text);")
+    newer = Projection(
+        "users", users.version + 1, "CREATE TABLE app_user (user_id uuid PRIMARY KEY, shout text);"
+    )
 
     @newer.on(User.Registered)
     def registered(record: Record[User.Registered]) -> Insert:

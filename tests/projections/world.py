@@ -86,6 +86,7 @@ class World:
     bus: Bus
     clock: Clock
     pool: Pool
+    keys: MemoryKeyRing
 
     def runner(self, **options: Any) -> Runner:
         return Runner(self.pool, deadline, self.log, self.records, **options)
@@ -117,12 +118,13 @@ async def world_on(dsn: str) -> AsyncIterator[World]:
     log = PostgresEventLog(dsn)
     await log.migrate()
     await log.open()
-    records, clock = Records(MemoryKeyRing(), MemoryObjectStore()), Clock()
+    keys, clock = MemoryKeyRing(), Clock()
+    records = Records(keys, MemoryObjectStore())
     try:
         async with open_pool(dsn, 6) as pool:
             async with pool.connection() as connection:
                 await migrate(connection)
-            yield World(dsn, log, records, Bus(log, records, PLENTY, clock), clock, pool)
+            yield World(dsn, log, records, Bus(log, records, PLENTY, clock), clock, pool, keys)
     finally:
         await log.close()
 
@@ -485,3 +487,12 @@ async def leaves(someone: Person) -> None:
         await someone.does(agents.RemoveCustomTool(tenant_id=tenant, agent_id=agent_id, name="weather"))
     else:
         await someone.does(agents.DeleteAgent(tenant_id=tenant, agent_id=agent_id))
+
+
+async def is_forgotten(someone: Person) -> None:
+    """The person is erased; what was personal is so for nobody any more."""
+    tenant = someone.user_id
+    erase = users.EraseUser(tenant_id=tenant, agent_ids=(agent_of(someone.number),), turn_ids=())
+    await someone.does(erase)
+    await someone.world.keys.destroy(tenant)
+    await someone.does(users.CompleteErasure(tenant_id=tenant, destroyed_keys=2))
