@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 log_of = logging.getLogger(__name__)
 
-SUPERVISOR_VARIABLE = "OSHAANI_SUPERVISOR"  # set for processes that must not outlive the one with this id
+SUPERVISED = "OSHAANI_SUPERVISED"  # set for processes that must not outlive the one that started them
 PARENT_LOOK_S = 1.0
 STREAMS_S = 2  # what open HTTP streams get at the end
 CANCEL_S = 3.0
@@ -40,8 +40,8 @@ class Ending:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._wanted.set)
-        supervisor = os.environ.get(SUPERVISOR_VARIABLE)
-        self._orphaned = asyncio.create_task(self._watch_parent(int(supervisor))) if supervisor else None
+        supervised = SUPERVISED in os.environ
+        self._orphaned = asyncio.create_task(self._watch_parent(os.getppid())) if supervised else None
 
     @property
     def is_wanted(self) -> bool:

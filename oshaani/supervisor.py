@@ -21,8 +21,9 @@ from aiohttp import ClientError, ClientSession, ClientTimeout
 from adapters.kafka.admin import apply
 from adapters.kafka.broker import embedded_kafka
 from adapters.kafka.clients import KafkaConfig
+from oshaani.fork_server import Forked, Program, forked
 from oshaani.master_key import master_key
-from oshaani.process import SUPERVISOR_VARIABLE, Ending, listening
+from oshaani.process import SUPERVISED, Ending, listening
 from oshaani.settings import Settings
 from oshaani.wiring import database, migrate
 from schemas.topics import PROCESSORS, TOPICS
@@ -32,9 +33,7 @@ log_of = logging.getLogger(__name__)
 STOP_S = 10.0  # what a process gets between SIGTERM and SIGKILL
 SETTLED_S = 10.0  # a process that lived as long is started again at once
 PAUSE_FIRST_S, PAUSE_MAX_S = 0.2, 10.0
-LINE_BYTES_MAX = 1 << 20
 LOOK_S = 0.1
-PROGRAM = ("-P", "-m", "oshaani")
 CONNECTIONS = 250  # to the embedded database: ten or so of each process, any of which may be started twice
 
 Say = Callable[[str, str], None]
@@ -61,15 +60,23 @@ def layout(first_port: int, processors: Sequence[str] = PROCESSORS) -> list[Role
     return [Role(slot, arguments, first_port + number) for number, (slot, arguments) in enumerate(slots)]
 
 
+def run_oshaani(arguments: Sequence[str]) -> None:
+    """The command `oshaani`, as a process of the layout runs it."""
+    from oshaani.cli import main
+
+    sys.argv = ["oshaani", *arguments]
+    main()
+
+
 class Supervisor:
     """Starts roles, starts the dead again, and ends them all. Children end by themselves when it is gone."""
 
     def __init__(
-        self, environment: Mapping[str, str], run_folder: Path, say: Say, program: Sequence[str] = PROGRAM
+        self, environment: Mapping[str, str], run_folder: Path, say: Say, program: Program = run_oshaani
     ) -> None:
         self._environment, self._run_folder, self._say = dict(environment), run_folder, say
         self._program = program
-        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._processes: dict[str, Forked] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._ending = False
         self.restarts: dict[str, int] = {}
@@ -105,30 +112,19 @@ class Supervisor:
         environment = self._environment | {
             "OSHAANI_SLOT": role.slot,
             "OSHAANI_PORT" if role.arguments == ("api",) else "OSHAANI_WORKER_PORT": str(role.port),
-            SUPERVISOR_VARIABLE: str(os.getpid()),
+            SUPERVISED: "1",
         }
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *(*self._program, *role.arguments),
-            env=environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            limit=LINE_BYTES_MAX,
-            # A Ctrl-C is for the supervisor, which ends its children in order.
-            start_new_session=True,
-        )
-        self._processes[role.slot] = process
-        pid_file = self._run_folder / f"{role.slot}.pid"
-        pid_file.write_text(f"{process.pid} {psutil.Process(process.pid).create_time()}")
-        try:
-            assert process.stdout is not None
-            async for line in process.stdout:
-                self._say(role.slot, line.decode(errors="replace").rstrip("\n"))
-            return await process.wait()
-        finally:
-            del self._processes[role.slot]
-            pid_file.unlink(missing_ok=True)
+        async with forked(self._program, role.arguments, environment) as process:
+            pid_file = self._run_folder / f"{role.slot}.pid"
+            pid_file.write_text(f"{process.pid} {psutil.Process(process.pid).create_time()}")
+            self._processes[role.slot] = process
+            try:
+                async for line in process.lines():
+                    self._say(role.slot, line)
+                return await process.wait()
+            finally:
+                del self._processes[role.slot]
+                pid_file.unlink(missing_ok=True)
 
     async def _stop(self) -> None:
         self._ending = True
@@ -147,12 +143,12 @@ class Supervisor:
 
 
 async def up_kafka(
-    settings: Settings, say: Say, announce: Callable[[Settings], None], program: Sequence[str] = PROGRAM
+    settings: Settings, say: Say, announce: Callable[[Settings], None], program: Program = run_oshaani
 ) -> None:
     """Run the layout until SIGTERM or SIGINT, on the configured Postgres and Kafka or on embedded ones.
 
-    `say` hears what each process prints, all of which are `python PROGRAM role`; `announce` is called when the first
-    request can be served.
+    `say` hears what each process prints, all of which run `program`; `announce` is called when the first request can be
+    served.
 
     Raises:
         adapters.postgres.data_folder.EmbeddedPostgresFault, adapters.kafka.broker.EmbeddedKafkaFault: see there.
@@ -175,8 +171,9 @@ async def up_kafka(
             "DATABASE_URL": dsn,
             "KAFKA_BOOTSTRAP_SERVERS": ",".join(config.bootstrap_servers),
             "OSHAANI_DATA_DIR": str(settings.data_dir),
-            "OSHAANI_MASTER_KEY_FILE": str(settings.master_key_file),
         }
+        if settings.given_master_key is None:
+            environment["OSHAANI_MASTER_KEY_FILE"] = str(settings.master_key_file)
         supervisor = Supervisor(environment, settings.data_dir / "run", say, program)
         async with supervisor.running(roles):
             ready = asyncio.create_task(_ready(settings.base_url))

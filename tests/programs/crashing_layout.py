@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from pathlib import Path
 
 from oshaani.cli import logs
 from oshaani.settings import read_settings
 from oshaani.supervisor import up_kafka
-
-ROLE = str(Path(__file__).parent / "crashing_server.py")
+from tests.programs.crashing_server import main
 
 
 def say(slot: str, text: str) -> None:
@@ -20,4 +18,4 @@ def say(slot: str, text: str) -> None:
 
 if __name__ == "__main__":
     logs.set_up("info")
-    asyncio.run(up_kafka(read_settings(), say, lambda settings: say("layout", "ready"), (ROLE,)))
+    asyncio.run(up_kafka(read_settings(), say, lambda settings: say("layout", "ready"), main))

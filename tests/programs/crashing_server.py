@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,14 @@ def arm(*_: Any) -> None:
     sys.stderr.flush()
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> None:
+    """Run a role that can be armed."""
     signal.signal(signal.SIGUSR1, arm)
-    from oshaani.cli import main
+    from oshaani.cli import main as oshaani
 
-    sys.argv = ["oshaani", *(sys.argv[1:] or ["up"])]
-    main()
+    sys.argv = ["oshaani", *arguments]
+    oshaani()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["up"])

@@ -1,0 +1,14 @@
+"""Everything that a role of the distributed layout imports; see `fork_server`."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+
+MODULES = ("oshaani.roles", "oshaani.cli.entry", "uvloop", "uvicorn.protocols.http.httptools_impl")
+
+for module in MODULES:
+    importlib.import_module(module)
+# Pages that nobody writes to are shared by all processes.
+gc.collect()
+gc.freeze()
