@@ -1,0 +1,66 @@
+"""The host of the processor that watches usage: the base app with one Faust table.
+
+The table is kept in memory. Its changelog is a topic of ours, made like all others by `oshaani topics apply`; Faust reads
+it to the end before it delivers the first record of a partition that a worker has been given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+from schemas.topics import USAGE_TABLE
+from stream_processors.faust_app import FaustHost, Kafka, Names
+from stream_processors.runner import Supplies
+from stream_processors.slot import Slot
+from stream_processors.usage_analytics import usage_analytics
+
+TABLE = "usage"
+
+
+class AnalyticsHost(FaustHost):
+    """Implements `stream_processors.processor.UsageRows` for the processor that it hosts."""
+
+    def __init__(
+        self,
+        supplies: Supplies,
+        kafka: Kafka,
+        slot: Slot | None = None,
+        names: Names | None = None,
+        changelog: str = USAGE_TABLE.name,
+    ) -> None:
+        super().__init__(usage_analytics, supplies, kafka, slot, names)
+        self._changelog = changelog
+        self._table: Any = None
+        supplies.work.usage_rows = self
+
+    def get(self, key: bytes) -> bytes | None:
+        """As in `UsageRows`; only rows of this worker's partitions are known."""
+        found = self._table.data.get(key)
+        return None if found is None else bytes(found)
+
+    def put(self, shard: int, key: bytes, value: bytes | None) -> Awaitable[None]:
+        """As in `UsageRows`. Not by item assignment, which wants to be inside Faust's own loop over the stream."""
+        if value is None:
+            self._table.data.pop(key, None)
+        else:
+            self._table.data[key] = value
+        sent = self._table.send_changelog(self._partition_of(shard), key, value, value_serializer="raw")
+        return asyncio.ensure_future(_acknowledged(sent))
+
+    def _new_app(self) -> Any:
+        app = super()._new_app()
+        changelog = app.topic(self._changelog, key_type=bytes, value_type=bytes)
+        self._table = app.Table(
+            TABLE,
+            key_type=bytes,
+            value_type=bytes,
+            partitions=self._partitions,
+            changelog_topic=changelog,
+        )
+        return app
+
+
+async def _acknowledged(sent: Awaitable[Any]) -> None:
+    await sent
