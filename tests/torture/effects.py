@@ -107,3 +107,10 @@ async def effects_so_far(pool: AsyncConnectionPool[Any]) -> int:
         row = await cursor.fetchone()
     assert row is not None
     return int(row[0])
+
+
+async def workers_so_far(pool: AsyncConnectionPool[Any]) -> set[str]:
+    """The workers that had any."""
+    async with pool.connection() as connection:
+        cursor = await connection.execute("SELECT worker FROM tally")
+        return {row[0] for row in await cursor.fetchall()}

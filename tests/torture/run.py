@@ -40,15 +40,14 @@ from schemas import wire
 from schemas.records import Records
 from schemas.topics import PRIVATE_PARTITIONS, partition_of
 from tests.commands.write_side import account, rules, signed_up
-from tests.torture.effects import TABLES, effects_so_far, found
+from tests.torture.effects import TABLES, effects_so_far, found, workers_so_far
 from tests.torture.worker import BONUS_EVERY, BONUS_NCR, VARIABLE
 
 STREAMS = 400
 OWNERS = 8
 SLOTS = ("torture-0", "torture-1", "torture-2")
-START_S, STOP_S, REST_S = 30.0, 20.0, 180.0
-"""How long the first worker may take to begin, a stopped one to end, and all of them for what is left in the end."""
-BEGINS_S = 4.0
+START_S, STOP_S, STALL_S = 60.0, 20.0, 60.0
+"""How long a worker may take to begin, a stopped one to end, and how long nothing may happen."""
 ROOT = Path(__file__).parents[2]
 EVENT = "CreditAccount.PlanChanged"
 
@@ -86,7 +85,6 @@ class Workers:
     folder: Path
     outcome: Outcome
     running: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
-    since_s: dict[str, float] = field(default_factory=dict)
     meant: set[int] = field(default_factory=set)  # processes that we ended
 
     async def start(self, slot: str) -> None:
@@ -102,12 +100,11 @@ class Workers:
             stderr=output,
         )
         output.close()
-        self.since_s[slot] = time.monotonic()
 
-    def choose(self, chance: random.Random) -> str:
-        """One of the workers, if possible one that is at work."""
-        at_work = [slot for slot, since_s in self.since_s.items() if time.monotonic() - since_s > BEGINS_S]
-        return chance.choice(at_work or list(SLOTS))
+    async def at_work(self, pool: Any) -> list[str]:
+        """The workers whose present life has handled something."""
+        known = await workers_so_far(pool)
+        return [slot for slot, process in self.running.items() if f"{slot}/{process.pid}" in known]
 
     async def end(self, slot: str, number: signal.Signals) -> None:
         """Send a signal, and wait for the end."""
@@ -178,10 +175,9 @@ async def torture(plan: Plan, dsn: str, servers: str, folder: Path) -> Outcome:
         await workers.start(slot)
     feeding = asyncio.create_task(_feed(plan, chance, servers, names["topic"], tenants, streams))
     async with open_pool(dsn, 2) as pool:
-        await _until_more(pool, 0, START_S)
         await _harm(plan, chance, workers, pool)
         sent = await feeding
-        await _until_more(pool, plan.records - 1, REST_S, workers)
+        await _finished(plan.records, pool, workers)
         for slot in list(workers.running):
             await workers.end(slot, signal.SIGTERM)
         result = await found(pool)
@@ -246,8 +242,7 @@ async def _harm(plan: Plan, chance: random.Random, workers: Workers, pool: Any) 
     restarts: list[float] = []
     for n, number in enumerate(ends, 1):
         await asyncio.sleep(max(0.0, began + n * plan.seconds / (len(ends) + 1) - time.monotonic()))
-        await workers.restart_crashed()
-        slot = workers.choose(chance)
+        slot = chance.choice(await _at_work(workers, pool))
         at = time.monotonic()
         await workers.end(slot, number)
         await workers.start(slot)
@@ -259,13 +254,26 @@ async def _harm(plan: Plan, chance: random.Random, workers: Workers, pool: Any) 
     workers.outcome.restart_s = round(max(restarts, default=0.0), 2)
 
 
-async def _until_more(pool: Any, than: int, within_s: float, workers: Workers | None = None) -> None:
-    """Wait for effects; when they do not come, what is missing shows in the outcome."""
-    until_s = time.monotonic() + within_s
-    while time.monotonic() < until_s and await effects_so_far(pool) <= than:
+async def _at_work(workers: Workers, pool: Any) -> list[str]:
+    """Workers that have something to lose; any, when none begins."""
+    until_s = time.monotonic() + START_S
+    while time.monotonic() < until_s:
+        await workers.restart_crashed()
+        if at_work := await workers.at_work(pool):
+            return at_work
+        await asyncio.sleep(0.1)
+    return list(SLOTS)
+
+
+async def _finished(records: int, pool: Any, workers: Workers) -> None:
+    """Wait for all effects, for as long as there are more; what is missing then shows in the outcome."""
+    so_far, moved_s = -1, time.monotonic()
+    while so_far < records and time.monotonic() - moved_s < STALL_S:
+        now = await effects_so_far(pool)
+        if now > so_far:
+            so_far, moved_s = now, time.monotonic()
         await asyncio.sleep(0.25)
-        if workers is not None:
-            await workers.restart_crashed()
+        await workers.restart_crashed()
 
 
 async def _make_topics(servers: str, partitions: dict[str, int]) -> None:
