@@ -13,6 +13,7 @@ from oshaani.reference.markdown import filled
 from oshaani.reference.metrics import metrics_page
 from oshaani.reference.prices import plans, prices
 from oshaani.reference.settings import settings_page
+from oshaani.reference.topics import topics_page
 
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 WHOLE: Mapping[str, Callable[[], str]] = {
@@ -22,6 +23,7 @@ WHOLE: Mapping[str, Callable[[], str]] = {
     "http.md": http_page,
     "metrics.md": metrics_page,
     "settings.md": settings_page,
+    "topics.md": topics_page,
 }
 SECTIONS: Mapping[str, Mapping[str, Callable[[], str]]] = {"billing.md": {"prices": prices, "plans": plans}}
 
