@@ -303,14 +303,14 @@ class Asked:
         except OSError:
             return None
 
-    def insist(self, person: Person) -> Answer:
+    def insist(self, person: Person, within_s: float = PATIENCE_S) -> Answer:
         """Send it until it is answered."""
 
         def answered() -> Answer | None:
             answer = self.send(person)
             return answer if answer is not None and answer.status == 200 else None
 
-        return until(answered, f"an answer to {self.text!r}")
+        return until(answered, f"an answer to {self.text!r}", within_s)
 
 
 def turn_of(answer: Answer) -> UUID:
