@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from uuid import UUID, uuid4
 
 import pytest
@@ -61,12 +61,16 @@ class Means:
 class Hosting:
     """A log, owners who change their plans, and a processor that is told of it, under one host after another."""
 
+    patch: pytest.MonkeyPatch
+
     def __init__(self) -> None:
         self.log, self.records, self.parked = MemoryEventLog(), memory_records(), MemoryParkedRecords()
         self.bus = Bus(self.log, self.records, rules())
         self.told: list[tuple[UUID, int]] = []
         self.tries: Counter[int] = Counter()
         self.before: Handle = lambda record: None
+        self.order: Literal["stream", "tenant"] = "stream"
+        self.follows: Callable[[AnyRecord], Awaitable[None] | None] = lambda record: None
         self.running: list[tuple[Host, asyncio.Task[None]]] = []
         self.plans: dict[UUID, Iterator[str]] = defaultdict(lambda: cycle(PLANS))
         self.carried = dict.fromkeys(range(SHARDS), 0)
@@ -74,15 +78,16 @@ class Hosting:
     # --- the host
 
     def host(self) -> Host:
-        plans = Processor(NAME)
+        plans = Processor(NAME, order=self.order)
 
         @plans.on(CreditAccount.PlanChanged)
-        async def plan_changed(record: AnyRecord, work: Any) -> None:
+        async def plan_changed(record: AnyRecord, work: Any) -> Awaitable[None] | None:
             self.tries[record.position] += 1
             outcome = self.before(record)
             if outcome is not None:
                 await outcome
             self.told.append((record.stream_id, record.position))
+            return self.follows(record)
 
         work: Any = Means(self.bus)
         return self.new_host(plans, Supplies(work, self.log, self.records, self.parked))
@@ -196,6 +201,7 @@ async def hosting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     else:
         topics = request.getfixturevalue("topics")
         hosting = FaustHosting(request.getfixturevalue("broker"), topics)
+    hosting.patch = monkeypatch
     yield hosting
     await hosting.end()
 
@@ -225,6 +231,53 @@ async def test_a_slow_record_holds_up_no_other_stream(hosting: Hosting) -> None:
     go.set()
     await hosting.hears(slow, [first, second])
     assert hosting.of(slow) == [first, second]
+
+
+async def test_a_processor_may_have_the_streams_of_a_tenant_in_one_order(hosting: Hosting) -> None:
+    hosting.order = "tenant"
+    owner = await hosting.owner(5)
+    (last,) = await hosting.change(owner)
+    (row,) = await hosting.log.read_after({5: last - 1}, 1)
+    rows = [
+        row._replace(position=last + n, stream_id=uuid4(), stream_version=1, command_id=uuid4())
+        for n in range(1, 11)
+    ]
+    # The first ones take longest.
+    hosting.before = lambda record: asyncio.sleep(0.002 * (last + 10 - record.position))
+    hosting.start()
+    await hosting.append(*rows)
+
+    async def all_told() -> bool:
+        return len(hosting.told) == 11
+
+    await until(all_told, "all records", PATIENCE_S)
+    assert [position for _, position in hosting.told] == list(range(last, last + 11))
+
+
+async def test_what_is_to_follow_delays_no_other_record_and_is_done_again_when_it_did_not_come_about(
+    hosting: Hosting,
+) -> None:
+    owner = await hosting.owner()
+    acknowledged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def published() -> None:
+        await acknowledged
+
+    hosting.follows = lambda record: published()
+    for module in ("oshaani.processor_host", "stream_processors.faust_app"):
+        hosting.patch.setattr(f"{module}.DRAIN_S", 0.01)
+    positions = await hosting.change(owner, 3)
+    hosting.start()
+    await hosting.hears(owner, positions)
+    await hosting.stop()
+    acknowledged = asyncio.get_running_loop().create_future()
+    acknowledged.set_result(None)
+    hosting.start()
+
+    async def all_told_twice() -> bool:
+        return hosting.of(owner) == [*positions, *positions]
+
+    await until(all_told_twice, "all records again", PATIENCE_S)
 
 
 async def test_a_failing_record_is_tried_again_and_again_with_pauses(hosting: Hosting) -> None:
@@ -378,9 +431,7 @@ async def test_what_runs_may_come_to_its_end_when_the_host_stops(hosting: Hostin
     assert hosting.of(owner) == [first, second]
 
 
-async def test_what_was_not_finished_comes_again_and_does_no_harm_behind_the_fence(
-    hosting: Hosting, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_was_not_finished_comes_again_and_does_no_harm_behind_the_fence(hosting: Hosting) -> None:
     owner = await hosting.owner()
     positions = await hosting.change(owner, 5)
     stuck = asyncio.Event()
@@ -398,7 +449,7 @@ async def test_what_was_not_finished_comes_again_and_does_no_harm_behind_the_fen
     hosting.before = bonus
     had_ncr = (await account(hosting.bus, owner)).available_ncr
     for module in ("oshaani.processor_host", "stream_processors.faust_app"):
-        monkeypatch.setattr(f"{module}.DRAIN_S", 0.01)
+        hosting.patch.setattr(f"{module}.DRAIN_S", 0.01)
     hosting.start()
     async with asyncio.timeout(PATIENCE_S):
         await stuck.wait()
