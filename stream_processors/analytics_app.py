@@ -12,26 +12,28 @@ from typing import Any
 
 from schemas.topics import USAGE_TABLE
 from stream_processors.faust_app import FaustHost, Kafka, Names
+from stream_processors.processor import Processor
+from stream_processors.processor import Processor
 from stream_processors.runner import Supplies
 from stream_processors.slot import Slot
-from stream_processors.usage_analytics import usage_analytics
 
 TABLE = "usage"
 
 
 class AnalyticsHost(FaustHost):
-    """Implements `stream_processors.processor.UsageRows` for the processor that it hosts."""
+    """Implements `stream_processors.processor.UsageRows` for `usage_analytics`, which it hosts."""
+
+    changelog = USAGE_TABLE.name
 
     def __init__(
         self,
+        processor: Processor,
         supplies: Supplies,
         kafka: Kafka,
         slot: Slot | None = None,
         names: Names | None = None,
-        changelog: str = USAGE_TABLE.name,
     ) -> None:
-        super().__init__(usage_analytics, supplies, kafka, slot, names)
-        self._changelog = changelog
+        super().__init__(processor, supplies, kafka, slot, names)
         self._table: Any = None
         supplies.work.usage_rows = self
 
@@ -51,7 +53,7 @@ class AnalyticsHost(FaustHost):
 
     def _new_app(self) -> Any:
         app = super()._new_app()
-        changelog = app.topic(self._changelog, key_type=bytes, value_type=bytes)
+        changelog = app.topic(self.changelog, key_type=bytes, value_type=bytes)
         self._table = app.Table(
             TABLE,
             key_type=bytes,

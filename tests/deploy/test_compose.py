@@ -227,7 +227,7 @@ def test_all_that_read_the_log_share_large_parts_and_the_key() -> None:
 
 
 def test_a_process_gets_the_time_that_it_takes_to_end() -> None:
-    from oshaani.roles import DRAIN_S
+    from oshaani.roles.life import DRAIN_S
 
     for name, service in workers().items():
         assert int(service["stop_grace_period"].removesuffix("s")) >= DRAIN_S + 10, name
