@@ -28,6 +28,7 @@ from stream_processors.faust_app import Names
 from stream_processors.publication import Publication
 from stream_processors.runner import Supplies
 from stream_processors.slot import Slot
+from stream_processors.usage_analytics import usage_analytics
 
 
 class TellingHost(AnalyticsHost):
@@ -48,13 +49,15 @@ def usage_host(
         publisher, CloudEvents("https://agents.example"), log, records, lambda: datetime.now(UTC)
     )
     work: Any = SimpleNamespace(publication=publication, usage_rows=None)
-    return (TellingHost if told else AnalyticsHost)(
+    host = (TellingHost if told else AnalyticsHost)(
+        usage_analytics,
         Supplies(work, log, records, MemoryParkedRecords()),
         WorkerKafka(KafkaConfig.at(servers)),
         Slot(MemoryLeases(), "usage-0"),
         names=names,
-        changelog=changelog,
     )
+    host.changelog = changelog
+    return host
 
 
 if __name__ == "__main__":
