@@ -560,7 +560,7 @@ class _Session:
             # Another relay has it, or somebody rewound it: it begins anew if it can be had.
             if self.active.get(found.number) is found:
                 del self.active[found.number]
-            self._ranges.forget(found.number)
+            self._ranges.forget(found.number, found.epoch)
             return False
         for cursor, mark in changed:
             cursor.saved = mark.position

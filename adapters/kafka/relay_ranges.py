@@ -64,7 +64,7 @@ class Ranges:
         for number, epoch in list(self.epochs.items()):
             found = await self._acquire(lease_of(number))
             if found is None:
-                del self.epochs[number]
+                self.epochs.pop(number, None)
             elif found != epoch:
                 self.epochs[number] = found
         await self._sit(await self._leases.held())
@@ -77,9 +77,10 @@ class Ranges:
                 if epoch_won is not None:
                     self.epochs[number] = epoch_won
 
-    def forget(self, number: int) -> None:
-        """A save was refused: the range is another's, or was rewound."""
-        self.epochs.pop(number, None)
+    def forget(self, number: int, epoch: int) -> None:
+        """A save under this epoch was refused: the range is another's, or was rewound."""
+        if self.epochs.get(number) == epoch:
+            del self.epochs[number]
 
     async def release(self, number: int) -> None:
         """Give a range back."""

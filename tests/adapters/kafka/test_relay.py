@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
+import psycopg
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from adapters.kafka.broker import KafkaServer
 from adapters.kafka.clients import KafkaConfig
 from adapters.kafka.relay import Relay
+from domain.crash_points import DISTRIBUTED_POINTS
+from domain.event_log import LogUnavailable
 from domain.leases import Mark
 from schemas.topics import Topic, partition_of
 from schemas.wire import unpack
@@ -21,6 +28,7 @@ from tests.adapters.kafka.relay_stage import (
     ASKED,
     CREDITS,
     FIREHOSE,
+    PATIENCE_S,
     TTL_S,
     TURNS,
     Stage,
@@ -28,6 +36,8 @@ from tests.adapters.kafka.relay_stage import (
     until,
 )
 from tests.peers.brokers import ADMIN_S, PrivateTopics
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -201,21 +211,23 @@ async def test_the_next_life_of_a_slot_need_not_wait_for_the_leases(stage: Stage
 async def test_a_zombie_saves_no_cursor_and_harms_nothing(stage: Stage) -> None:
     async with stage.running("zombie/1") as zombie:
         await holds_all(zombie)
-        old = {lease.name: lease.epoch for lease in await stage.leases.held()}
-        # The other comes to power as if the first had been silent for too long.
+        old = await stage.leases.acquire("relay/0", "zombie/1", TTL_S)
+        assert old is not None
         for number in range(4):
-            await stage.leases.release(f"relay/{number}", "zombie/1")
-            assert (
-                await stage.leases.acquire(f"relay/{number}", "other/1", 3_600.0)
-                == old[f"relay/{number}"] + 1
-            )
+
+            async def taken(name: str = f"relay/{number}") -> bool:
+                # The other comes to power as if the first had been silent for too long.
+                await stage.leases.release(name, "zombie/1")
+                return await stage.leases.acquire(name, "other/1", 3_600.0) is not None
+
+            await until(taken, "the other to take over")
         await stage.happen(200)
 
         async def knows() -> bool:
             return zombie.held_ranges == ()
 
         await until(knows, "the zombie to notice")
-        assert not await stage.leases.save_marks("relay/0", old["relay/0"], [Mark(stage.firehose, 0, 9, 9)])
+        assert not await stage.leases.save_marks("relay/0", old, [Mark(stage.firehose, 0, 9, 9)])
         for number in range(4):
             await stage.leases.release(f"relay/{number}", "other/1")
         await stage.relayed()
@@ -333,6 +345,90 @@ async def test_a_relay_that_starts_before_the_broker_waits_for_it(
             await asyncio.to_thread(own_broker.start)
             await stage.relayed()
             await until(lambda: is_well(relay), "the end of the trouble")
+
+
+# --- processes that die, or sleep
+
+
+@asynccontextmanager
+async def relay_process(stage: Stage, dsn: str, holder: str, *crash: str) -> AsyncIterator[Process]:
+    servers = ",".join(stage.config.bootstrap_servers)
+    words = ["-m", "tests.programs.relay", dsn, servers, holder, stage.firehose, str(stage.ttl_s), *crash]
+    process = await asyncio.create_subprocess_exec(sys.executable, *words, cwd=ROOT)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+@pytest.mark.parametrize("point", [point for point in DISTRIBUTED_POINTS if point.startswith("relay.")])
+async def test_a_relay_that_dies_at_any_point_loses_nothing(
+    stage: Stage, database_url: str, point: str
+) -> None:
+    stage.work = {}
+    await stage.happen(2_000)
+    async with relay_process(stage, database_url, "one/first", point, "7") as victim:
+        async with asyncio.timeout(PATIENCE_S):
+            assert await victim.wait() == -signal.SIGKILL
+    assert not await stage.everything_is_marked()
+    async with stage.running("one/second"):
+        await stage.relayed()
+    await stage.is_on_firehose()
+
+
+async def test_a_relay_that_slept_too_long_harms_nothing_when_it_wakes(
+    stage: Stage, database_url: str
+) -> None:
+    stage.work = {}
+
+    async def is_moving() -> bool:
+        return any(mark.position > 0 for mark in await stage.leases.marks())
+
+    async with relay_process(stage, database_url, "sleeper/1") as sleeper:
+        await stage.happen(4_000)
+        await until(is_moving, "the relay to be in the middle of it")
+        sleeper.send_signal(signal.SIGSTOP)
+        await stage.happen(1_000)
+        async with stage.running() as other:
+            await holds_all(other)
+            sleeper.send_signal(signal.SIGCONT)
+            await stage.happen(500)
+            await stage.relayed()
+
+            async def shared() -> bool:
+                return len(other.held_ranges) == 2
+
+            await until(shared, "the sleeper to get its share again")
+            await stage.happen(500)
+            await stage.relayed()
+    await stage.is_on_firehose()
+
+
+async def test_a_database_that_drops_its_connections_is_waited_for(stage: Stage, database_url: str) -> None:
+    async with stage.running(), await psycopg.AsyncConnection.connect(database_url, autocommit=True) as admin:
+
+        async def happens() -> bool:
+            # The writer's own connection was dropped too.
+            with suppress(LogUnavailable):
+                await stage.happen(200)
+                return True
+            return False
+
+        async def relayed() -> bool:
+            with suppress(LogUnavailable):
+                return await stage.everything_is_marked()
+            return False
+
+        for _ in range(5):
+            await until(happens, "an append")
+            await admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            await until(relayed, "all cursors at the heads")
+    await stage.is_on_firehose()
 
 
 async def is_well(relay: Relay) -> bool:
