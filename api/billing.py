@@ -78,6 +78,8 @@ class LedgerEntry(BaseModel):
     turn_id: str | None
     request_id: str | None
     actor: str
+    reason: str | None = Field(default=None, description="Why credits were given.")
+    payment_ref: str | None = Field(default=None, description="The payment that bought them.")
 
 
 class UsageSum(BaseModel):
@@ -251,6 +253,8 @@ async def _entry(call: Call, row: LedgerLine) -> dict[str, Any]:
         "turn_id": str(row.turn_id) if row.turn_id else None,
         "request_id": request_name(row.turn_id) if row.turn_id else None,
         "actor": row.actor,
+        "reason": row.reason,
+        "payment_ref": row.payment_ref,
     }
 
 

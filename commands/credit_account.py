@@ -10,7 +10,7 @@ from uuid import UUID
 from commands.command import Command, Result, WriteSide, handles
 from domain.credit_account import ChargeLine, CreditAccount, GrantKind, Origin
 from domain.errors import InvalidValue
-from domain.ids import HoldId, account_of
+from domain.ids import HoldId, account_of, grant_of_payment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +27,14 @@ class SettleHold(Command):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrantCredits(Command):
-    """Give credits: by an operator, or for a payment. Once per `grant_id`."""
+    """Give credits: by an operator, or for a payment. Once per `grant_id`, which follows from a `payment_ref`."""
 
     grant_id: UUID
     kind: GrantKind
     amount_ncr: int
     expires_at: datetime | None = None
+    reason: str | None = None
+    payment_ref: str | None = None
 
     def reads(self) -> tuple[UUID, ...]:
         return (account_of(self.tenant_id),)
@@ -57,7 +59,18 @@ def settle_hold(command: SettleHold, write: WriteSide) -> None:
 @handles(GrantCredits)
 def grant_credits(command: GrantCredits, write: WriteSide) -> Result:
     account = write.get(CreditAccount, account_of(command.tenant_id))
-    account.grant(command.grant_id, command.kind, command.amount_ncr, write.now, command.expires_at)
+    ref = command.payment_ref
+    if ref is not None and command.grant_id != grant_of_payment(command.tenant_id, ref):
+        raise InvalidValue("/payment_ref", "The id of a payment's grant follows from its reference.")
+    account.grant(
+        command.grant_id,
+        command.kind,
+        command.amount_ncr,
+        write.now,
+        command.expires_at,
+        command.reason,
+        ref,
+    )
     return {"posted_ncr": account.posted_ncr}
 
 

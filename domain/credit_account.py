@@ -27,6 +27,7 @@ AVAILABLE, HELD, REVENUE, ISSUED, EXPIRED, UNCOLLECTED = (
     "uncollected",
 )
 LOW_BALANCE_NCR = ncr("20")
+GRANT_TEXT_CHARS_MAX = 500
 REARM_NUMERATOR, REARM_DENOMINATOR = 11, 10  # the warning is re-armed above 1.1 × the threshold
 
 GrantKind = Literal["free", "purchase", "adjustment", "promotion"]
@@ -130,6 +131,8 @@ class CreditAccount(Root):
     class CreditsGranted(Moved):
         TOPIC = "CreditAccount.CreditsGranted"
         grant: Grant
+        reason: str | None = None
+        payment_ref: str | None = None  # what the payment provider calls the payment
 
         def apply(self, aggregate: CreditAccount) -> None:
             CreditAccount.Moved.apply(self, aggregate)
@@ -291,15 +294,26 @@ class CreditAccount(Root):
         amount_ncr: int,
         granted_at: datetime,
         expires_at: datetime | None = None,
+        reason: str | None = None,
+        payment_ref: str | None = None,
     ) -> None:
-        """Give credits. The free grant happens once in the life of an account, other grants once per id."""
+        """Give credits. The free grant happens once in the life of an account, other grants once per id.
+
+        Raises:
+            InvalidValue: the amount is nothing, or a text is too long.
+        """
         if amount_ncr <= 0:
             raise InvalidValue("/amount", "The amount must be more than 0 credits.")
+        for field, text in (("reason", reason), ("payment_ref", payment_ref)):
+            if text is not None and not 1 <= len(text) <= GRANT_TEXT_CHARS_MAX:
+                sentence = f"{field} has 1 to {GRANT_TEXT_CHARS_MAX} characters."
+                raise InvalidValue(f"/{field}", sentence, "length")
         if (kind == "free" and self.free_granted) or grant_id in self.grant_ids:
             return
         priority = {"free": 0, "promotion": 1}.get(kind, 2)
         grant = Grant(grant_id, kind, priority, granted_at, expires_at, amount_ncr)
-        self._move(self.CreditsGranted, ((ISSUED, -amount_ncr), (AVAILABLE, amount_ncr)), grant=grant)
+        postings = ((ISSUED, -amount_ncr), (AVAILABLE, amount_ncr))
+        self._move(self.CreditsGranted, postings, grant=grant, reason=reason, payment_ref=payment_ref)
         self._rearm_warning()
 
     def expire_grants(self, now: datetime) -> None:

@@ -55,6 +55,11 @@ def agent_of(number: int) -> AgentId:
     return AgentId(derived("agent", number))
 
 
+def grant_of_payment(user_id: UserId, payment_ref: str) -> UUID:
+    """The grant that a payment buys its payer: one, however often it is reported."""
+    return derived(account_of(user_id), "payment", payment_ref)
+
+
 def hold_of(action_id: UUID) -> HoldId:
     """The hold that pays for an action, for example a turn."""
     return HoldId(derived(action_id, "hold"))

@@ -20,7 +20,7 @@ from schemas.records import Record
 
 credit_ledger = Projection(
     "credit_ledger",
-    version=1,
+    version=2,
     tables="""
     CREATE TABLE credit_account (
         account_id    uuid        PRIMARY KEY,
@@ -55,6 +55,8 @@ credit_ledger = Projection(
         turn_id           uuid,
         actor             text        NOT NULL,
         recorded_at       timestamptz NOT NULL,
+        reason            text,                    -- of a grant
+        payment_ref       text,                    -- of a grant that was paid for
         PRIMARY KEY (shard, position, line)
     );
     CREATE TABLE credit_grant (
@@ -150,6 +152,8 @@ class LedgerLine:
     agent_id: UUID | None
     turn_id: UUID | None
     actor: str
+    reason: str | None
+    payment_ref: str | None
 
     @property
     def ledger_id(self) -> UUID:
@@ -200,7 +204,8 @@ async def list_ledger(
         LedgerLine,
         """
         SELECT l.position, l.line, l.account_id, l.stream_version, l.recorded_at, l.kind, l.grant_kind, l.amount_ncr,
-               l.balance_after_ncr, l.meter, l.quantity, l.tool, l.agent_id, l.turn_id, l.actor
+               l.balance_after_ncr, l.meter, l.quantity, l.tool, l.agent_id, l.turn_id, l.actor,
+               l.reason, l.payment_ref
           FROM credit_account a JOIN credit_ledger l USING (account_id)
          WHERE a.tenant_id = %(tenant_id)s AND (l.position, l.line) < (%(after_position)s, %(after_line)s)
          ORDER BY l.position DESC, l.line DESC LIMIT %(limit)s
@@ -286,6 +291,8 @@ def granted(record: Record[CreditAccount.CreditsGranted]) -> Iterator[Change]:
         "amount_ncr": grant.remaining_ncr,
         "grant_id": grant.grant_id,
         "actor": record.actor,
+        "reason": record.event.reason,
+        "payment_ref": record.event.payment_ref,
     }
     yield from _lines(record, [line])
 

@@ -209,6 +209,10 @@ CHECKS: dict[str, str] = {
           LEFT JOIN command c ON c.shard = m.shard AND c.command_id = m.command_id AND c.outcome = 'accepted'
          WHERE m.type = 'CreditsGranted' AND c.command_id IS NULL
     """,
+    "10 a payment is granted once": """
+        SELECT p ->> 'payment_ref', 'granted ' || count(*) || ' times' FROM moved
+         WHERE type = 'CreditsGranted' AND p ->> 'payment_ref' IS NOT NULL GROUP BY 1 HAVING count(*) > 1
+    """,
     "no stream of the ledger waits": """
         SELECT projection || ' ' || stream_id, error FROM parked WHERE projection IN ('credit_ledger', 'usage')
     """,

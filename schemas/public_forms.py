@@ -40,6 +40,7 @@ WITHHELD: Mapping[str, tuple[str, ...]] = {
     "Agent.CustomToolChanged": ("tool",),
     "Agent.KeyIssued": ("name", "digest"),
     "Conversation.Started": ("name",),
+    "CreditAccount.CreditsGranted": ("reason", "payment_ref"),
     "Turn.ContextAssembled": ("prompt_digest",),
     "Turn.ModelCallFailed": ("sentence",),
     "Turn.ToolCallRequested": ("args_digest",),

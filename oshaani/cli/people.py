@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import typer
 
 from domain.agent import Agent
-from domain.ids import AgentId, UserId, agent_of, derived, shard_of
+from domain.ids import AgentId, UserId, agent_of, derived, grant_of_payment, shard_of
 from domain.money import credits, ncr
 from domain.user import User
 from oshaani.cli import show
@@ -105,6 +105,10 @@ def promote_user(
 def grant_credits(
     email: Email,
     amount: Annotated[str, typer.Argument(metavar="CREDITS", help="How many, for example '12.5'.")],
+    reason: Annotated[str | None, typer.Option(help="Why; shown in the person's ledger.")] = None,
+    payment: Annotated[
+        str | None, typer.Option(help="What a payment is called elsewhere; it is granted once.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Give a person credits."""
@@ -112,7 +116,7 @@ def grant_credits(
         amount_ncr = ncr(amount)
     except ValueError as fault:
         raise Failed(str(fault)) from fault
-    posted = credits(run(_grant(email, amount_ncr)))
+    posted = credits(run(_grant(email, amount_ncr, reason, payment)))
     if as_json:
         show.document({"email": email, "granted_credits": credits(amount_ncr), "balance_credits": posted})
     else:
@@ -241,7 +245,7 @@ async def _erase(email: str) -> UserId:
         return user_id
 
 
-async def _grant(email: str, amount_ncr: int) -> int:
+async def _grant(email: str, amount_ncr: int, reason: str | None, payment: str | None) -> int:
     from commands.credit_account import GrantCredits
     from commands.user import LogIn
 
@@ -250,7 +254,14 @@ async def _grant(email: str, amount_ncr: int) -> int:
         await core.bus.execute(
             LogIn(tenant_id=user_id), by=ACTOR
         )  # the account is there from the first login on
-        command = GrantCredits(tenant_id=user_id, grant_id=uuid4(), kind="adjustment", amount_ncr=amount_ncr)
+        command = GrantCredits(
+            tenant_id=user_id,
+            grant_id=grant_of_payment(user_id, payment) if payment else uuid4(),
+            kind="purchase" if payment else "adjustment",
+            amount_ncr=amount_ncr,
+            reason=reason,
+            payment_ref=payment,
+        )
         outcome = await core.bus.execute(command, by=ACTOR)
         return int(outcome.result["posted_ncr"])
 

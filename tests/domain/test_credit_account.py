@@ -47,6 +47,18 @@ def granted(
     return lambda account: account.grant(grant_id, kind, ncr(credits), NOON, expires_at)
 
 
+def test_a_grant_says_why_and_what_paid_for_it():
+    paid = given(opened).when(
+        lambda account: account.grant(GRANT_1, "purchase", 5, NOON, None, "ten for nine", "pi_1")
+    )
+    paid.then(CreditAccount.CreditsGranted)
+    assert (paid.events[0].reason, paid.events[0].payment_ref) == ("ten for nine", "pi_1")
+    for texts in (("", None), (None, "x" * 501)):
+        given(opened).when(
+            lambda account, texts=texts: account.grant(GRANT_1, "purchase", 5, NOON, None, *texts)
+        ).then_refused(InvalidValue)
+
+
 def held(
     hold_id: HoldId,
     credits: str,

@@ -196,6 +196,9 @@ async def test_the_ledger_sums_to_the_balance_and_shows_each_step(scene: Scene) 
     assert sum(grant.remaining_ncr for grant in grants) == account.posted_ncr
     assert open_turn not in await unsettled_turns(db, ada2.user_id)
     assert {line.kind for line in lines} == {"grant", "charge", "expiry"}
+    whys = {(line.grant_kind, line.reason, line.payment_ref) for line in lines if line.kind == "grant"}
+    assert ("adjustment", "an apology", None) in whys
+    assert ("purchase", None, f"pi_{ada2.user_id}") in whys
     assert (await list_ledger(db, ada.user_id))[0].meter == "agent_create"
 
 

@@ -48,6 +48,13 @@ FAULTS: dict[str, tuple[str, str]] = {
         "UPDATE credit_account SET available_ncr = available_ncr + 1, held_ncr = held_ncr - 1",
         "8 the balances are what the events and the ledger say",
     ),
+    "a payment that was granted twice": (
+        CHANGE_PAYLOAD.format(
+            which="type) = ('CreditAccount.CreditsGranted')",
+            change=f"jsonb_set({JSON}, '{{payment_ref}}', '\"pi\"')::text",
+        ),
+        "10 a payment is granted once",
+    ),
     "a deleted event": (f"DELETE FROM event WHERE ({SETTLED}", "the log has no gap and nothing twice"),
     "a deleted last event": (
         "DELETE FROM event e USING shard s WHERE e.shard = s.shard AND e.position = s.head",

@@ -31,6 +31,7 @@ from domain.ids import (
     UserId,
     account_of,
     agent_of,
+    grant_of_payment,
     hold_of,
     named_conversation,
 )
@@ -469,8 +470,17 @@ async def pays(someone: Person) -> None:
     someone.world.clock.pass_(hours=2)
     for n in range(12):
         await someone.is_answered(f"question {n}", f"answer {n}", name=f"thread {n % 2}")
-    for kind in ("adjustment", "purchase"):
-        grant = credits_of.GrantCredits(tenant_id=tenant, grant_id=uuid4(), kind=kind, amount_ncr=ncr("25"))
+    adjusted = credits_of.GrantCredits(
+        tenant_id=tenant, grant_id=uuid4(), kind="adjustment", amount_ncr=ncr("25"), reason="an apology"
+    )
+    bought = credits_of.GrantCredits(
+        tenant_id=tenant,
+        grant_id=grant_of_payment(tenant, f"pi_{tenant}"),
+        kind="purchase",
+        amount_ncr=ncr("25"),
+        payment_ref=f"pi_{tenant}",
+    )
+    for grant in (adjusted, bought, bought):
         await someone.does(grant)
     await someone.does(credits_of.ChangePlan(tenant_id=tenant, plan="starter"))
 

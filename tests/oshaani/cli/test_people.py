@@ -46,6 +46,8 @@ def test_nobody_is_promoted_who_is_not_registered(with_ada: Cli) -> None:
 def test_a_user_is_given_credits_on_top_of_the_free_ones(with_ada: Cli) -> None:
     made = with_ada("user", "grant", ADA, "12.5", "--json").json
     assert made == {"email": ADA, "granted_credits": "12.50", "balance_credits": "212.50"}
+    paid = ("user", "grant", ADA, "5", "--payment", "pi_1", "--reason", "by transfer", "--json")
+    assert [with_ada(*paid).json["balance_credits"] for _ in range(2)] == ["217.50", "217.50"]
     assert with_ada("user", "grant", ADA, "a lot").code == 1
     assert with_ada("user", "grant", ADA, "0").code == 1
 
