@@ -33,10 +33,12 @@ _PROJECTION_LAG = """
     SELECT c.projection, sum(greatest(0, s.head - coalesce(c.positions[s.shard + 1], 0)))::bigint
       FROM checkpoint c CROSS JOIN shard s GROUP BY 1
 """
+# A topic of which no relay knows yet is none that it writes to; the log itself always is one.
 _TOPIC_LAG = """
     SELECT t.topic, sum(greatest(0, s.head - coalesce(m.position, 0)))::bigint
       FROM unnest(%s::text[]) t(topic) CROSS JOIN shard s
-      LEFT JOIN relay_mark m ON m.topic = t.topic AND m.shard = s.shard GROUP BY 1
+      LEFT JOIN relay_mark m ON m.topic = t.topic AND m.shard = s.shard
+     WHERE t.topic = %s OR EXISTS (SELECT FROM relay_mark k WHERE k.topic = t.topic) GROUP BY 1
 """
 _PROJECTION_PARKED = "SELECT projection, count(*) FROM parked GROUP BY 1"
 _PROCESSOR_PARKED = "SELECT processor, count(*) FROM parked_record GROUP BY 1"
@@ -104,7 +106,7 @@ class StoreMetrics:
         async with pool.connection(timeout=LOOK_LIMIT_S) as connection:
             with deadline(connection, LOOK_LIMIT_S):
                 self._events.set(await _number(connection, _EVENTS))
-                self._fill(self.topic_lag, await _numbers(connection, _TOPIC_LAG, list(TOPICS)))
+                self._fill(self.topic_lag, await _numbers(connection, _TOPIC_LAG, list(TOPICS), LOG.name))
                 self._fill(
                     self._processor_parked, _zero(PROCESSORS) | await _numbers(connection, _PROCESSOR_PARKED)
                 )

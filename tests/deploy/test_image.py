@@ -45,8 +45,15 @@ def run_here(command: str, root: Path, cwd: Path) -> None:
     moved = re.sub(r"(?<![\w/])/opt/", f"{root}/opt/", command).replace(
         "python -m pip", f"{sys.executable} -m pip"
     )
+    environment = {**os.environ, "PIP_NO_COMPILE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     done = subprocess.run(
-        ["sh", "-ec", moved], cwd=cwd, capture_output=True, text=True, timeout=STEP_S, check=False
+        ["sh", "-ec", moved],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=STEP_S,
+        check=False,
     )
     assert done.returncode == 0, f"{moved}\n{done.stdout}{done.stderr}"
 

@@ -18,7 +18,7 @@ from domain.parked import Stuck
 from oshaani.store_metrics import StoreMetrics
 from oshaani.wiring import migrate
 from projections import checkpoints
-from schemas.topics import LOG
+from schemas.topics import LOG, work_topic
 
 
 @dataclass
@@ -69,6 +69,7 @@ async def test_lags_are_counted_from_the_log_itself(seen: Seen) -> None:
     assert seen.value("log_events") == 200
     assert seen.value("projection_lag_events", projection="turns") == 80
     assert seen.value("topic_lag_events", topic=LOG.name) == 110
+    assert seen.value("topic_lag_events", topic=work_topic("agent_turns").name) is None
     assert seen.value("leases", kind="relay") == 1
 
 
