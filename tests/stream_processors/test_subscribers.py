@@ -14,19 +14,28 @@ from contextlib import asynccontextmanager
 from copy import deepcopy
 from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from adapters.kafka.clients import KafkaConfig, open_producer
+from adapters.kafka.faust_consumer import WorkerKafka
 from adapters.kafka.publisher import kafka_publisher
+from adapters.memory.parked_records import MemoryParkedRecords
 from domain.credit_account import CreditAccount
 from domain.ids import account_of
 from domain.money import credits
 from domain.ports import PublicMessage, Publisher
+from schemas import wire
 from schemas.asyncapi import document
-from schemas.topics import AGENT_STATE, CREDIT_BALANCE, PUBLIC
+from schemas.topics import AGENT_STATE, CREDIT_BALANCE, PUBLIC, dead_letters, partition_of, work_topic
+from stream_processors.faust_app import FaustHost, Names
+from stream_processors.public_topics import public_topics
+from stream_processors.runner import Supplies
 from tests.peers.brokers import PrivateTopics
+from tests.programs.asyncapi_consumer import read_all
 from tests.stream_processors.conftest import Staged
-from tests.stream_processors.stage import ScriptedModels, Stage
+from tests.stream_processors.stage import ScriptedModels, Stage, until
 from tests.stream_processors.test_public_topics import Subscriber, headers, told_a_story
 
 ROOT = Path(__file__).parents[2]
@@ -141,3 +150,73 @@ async def test_the_example_counts_each_credit_once_though_it_is_killed_and_every
     assert totals(file)[str(account_of(stage.owner.tenant_id)), "available"] == credits(
         (await stage.account()).available_ncr
     )
+
+
+class Means:
+    """What the processor uses of a worker."""
+
+    def __init__(self, stage: Stage, publisher: Publisher) -> None:
+        self.bus = stage.bus
+        self.publication = Subscriber(stage).publication
+        self.publication.publisher = publisher
+
+
+async def test_under_faust_each_key_is_published_in_the_order_of_the_log_though_workers_end_midway(
+    broker: str, topics: PrivateTopics, staged: Staged
+) -> None:
+    topics.create(*PUBLIC.values(), AGENT_STATE, CREDIT_BALANCE)
+    (work_records,) = topics.create(work_topic("public_topics"))
+    group = f"{topics.prefix}group"
+    names = Names(work_records.name, group, dead_letters(work_records.name, group).name)
+    stage = await staged(ScriptedModels()).begin()
+    await asyncio.gather(*(stage.talk("one", "two", "three") for _ in range(5)))
+    await stage.idle()
+    rows = await stage.log.read_after(dict.fromkeys(await stage.log.heads(), 0), 100_000)
+    async with open_producer(KafkaConfig.at(broker), "carrier") as producer:
+        for row in rows:
+            partition = partition_of(row.shard, work_records.partitions)
+            await producer.send(names.topic, wire.pack(row), row.stream_id.bytes, partition)
+    async with publishing(broker, topics) as publisher, asyncio.timeout(PATIENCE_S):
+        for begun in (10, 40, None):
+            counted = Counting(publisher)
+            work: Any = Means(stage, counted)
+            supplies = Supplies(work, stage.log, stage.records, MemoryParkedRecords())
+            host = FaustHost(public_topics, supplies, WorkerKafka(KafkaConfig.at(broker)), names=names)
+            running = asyncio.create_task(host.run())
+            done = partial(is_done, host, counted, begun)
+            await until(done, "records to be published", PATIENCE_S)
+            if begun is None:
+                await host.drain()
+            running.cancel()
+            await asyncio.wait({running})
+    expected = await Subscriber(stage).take(await stage.happened())
+    for name in ("turn", "conversation", "credit", "identity", "agent"):
+        topic = PUBLIC[name].name
+        told: defaultdict[str, list[str]] = defaultdict(list)
+        for message in expected.messages:
+            if message.topic == topic:
+                told[message.key].append(headers(message)["ce_id"])
+        found: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        for each in read_all(broker, topics.prefix + topic)[1]:
+            found[each.key().decode()].setdefault(dict(each.headers())["ce_id"].decode())
+        assert {key: list(ids) for key, ids in found.items()} == told
+
+
+class Counting:
+    """Knows how much was given to a publisher."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self.count = 0
+
+    async def send(self, messages: Sequence[PublicMessage]) -> Awaitable[None]:
+        self.count += len(messages)
+        return await self._publisher.send(messages)
+
+
+async def is_done(host: FaustHost, counted: Counting, begun: int | None) -> bool:
+    """Whether a worker has begun so many messages, or has handled all there is."""
+    state = host.state
+    if begun is not None:
+        return counted.count >= begun
+    return bool(host.ready() and state.partitions and counted.count and not state.lag and not state.pending)
