@@ -188,9 +188,6 @@ class EventLog(Protocol):
     async def claim_due(self, row: DueRow, worker: str, until: datetime) -> bool:
         """Keep others from taking the same row until then. False when somebody was faster."""
 
-    async def next_due_at(self) -> datetime | None:
-        """When the next work is due, if any waits."""
-
     # --- how far a reader of the log has come
 
     async def cursor(self, reader: str) -> dict[int, int]:

@@ -140,8 +140,10 @@ class MemoryEventLog:
         stored.kept_until = until
         return True
 
-    async def next_due_at(self) -> datetime | None:
-        return min((max(row.due_at, row.kept_until) for row in self._due.values()), default=None)
+    @property
+    def waiting(self) -> int:
+        """Rows of due work, whenever their time is."""
+        return len(self._due)
 
     # --- inside
 

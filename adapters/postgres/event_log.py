@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from importlib.resources import files
-from typing import Any, LiteralString, NamedTuple, cast
+from typing import Any, LiteralString, NamedTuple
 from uuid import UUID
 
 import psycopg
@@ -122,7 +122,6 @@ _SAVE_CURSOR = """
     INSERT INTO reader SELECT %b, c.* FROM unnest(%b, %b) c(shard, position)
         ON CONFLICT (reader, shard) DO UPDATE SET position = greatest(reader.position, excluded.position)
 """
-_NEXT_DUE = "SELECT min(greatest(due_at, kept_until)) FROM due"
 
 
 class PostgresEventLog:
@@ -237,10 +236,6 @@ class PostgresEventLog:
         """As in `EventLog`."""
         arguments = (until, shard_of(row.tenant_id), row.id, row.lost_worker)
         return bool(await self._fetch(_CLAIM_DUE, arguments))
-
-    async def next_due_at(self) -> datetime | None:
-        """As in `EventLog`."""
-        return cast(datetime | None, (await self._fetch(_NEXT_DUE, ()))[0][0])
 
     async def cursor(self, reader: str) -> dict[int, int]:
         """As in `EventLog`."""

@@ -675,17 +675,6 @@ async def test_an_append_ends_what_a_sweeper_claimed(log: EventLog, tenant: UUID
     assert await mine(log, tenant) == [row]
 
 
-async def test_the_next_due_time_is_that_of_the_earliest_work(log: EventLog, tenant: UUID) -> None:
-    assert await log.next_due_at() is None
-    late, soon = in_seconds(2 * NEVER_S), in_seconds(NEVER_S)
-    first = uuid4()
-    await put(log, tenant, uuid4(), late)
-    await put(log, tenant, first, soon)
-    assert await log.next_due_at() == soon
-    await put(log, tenant, first, None)
-    assert await log.next_due_at() == late
-
-
 # --- Postgres alone: other processes, and networks
 
 

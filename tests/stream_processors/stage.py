@@ -289,7 +289,7 @@ class Stage:
             heads = await self.log.heads()
             alive = [worker for worker in self.workers if worker.delivers]
             busy = any(worker.host.lag(heads) or worker.work.running for worker in alive)
-            return not busy and await self.log.next_due_at() is None
+            return not busy and not self.log.waiting
 
         await until(is_idle, "the end of all work")
 
