@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from re import compile as pattern_of
 from typing import Any, get_type_hints
@@ -204,5 +204,6 @@ def _has_amounts(kind: EventType) -> bool:
     return _CREDITS in json.dumps(_event_schema(kind)())
 
 
+@lru_cache(1_000)
 def _credits_name(name: str) -> str:
     return name.removesuffix(_NCR) + _CREDITS if name.endswith(_NCR) else name
