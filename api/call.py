@@ -56,21 +56,22 @@ class Positions:
     TENANTS_MAX = 10_000
 
     def __init__(self) -> None:
-        self._positions: dict[UUID, int] = {}
+        self._positions: dict[int, int] = {}  # by the number of the tenant's id
 
     def note(self, tenant_id: UUID, position: int) -> None:
-        if len(self._positions) >= self.TENANTS_MAX and tenant_id not in self._positions:
+        number = tenant_id.int
+        if len(self._positions) >= self.TENANTS_MAX and number not in self._positions:
             self._positions.pop(next(iter(self._positions)))
-        if position > self._positions.get(tenant_id, 0):
-            self._positions[tenant_id] = position
+        if position > self._positions.get(number, 0):
+            self._positions[number] = position
 
     def of(self, tenant_id: UUID) -> int:
-        return self._positions.get(tenant_id, 0)
+        return self._positions.get(tenant_id.int, 0)
 
     def reached(self, tenant_id: UUID, position: int) -> None:
         """The read models have this much; nobody needs to wait for it again."""
-        if self._positions.get(tenant_id) == position:
-            del self._positions[tenant_id]
+        if self._positions.get(tenant_id.int) == position:
+            del self._positions[tenant_id.int]
 
 
 @dataclass(slots=True)
@@ -85,8 +86,11 @@ class Shared:
 
     def on_records(self, records: Sequence[AnyRecord]) -> None:
         """Be told of what this process has committed: keys and sessions change at once, readers see their writes."""
-        for record in records:
-            self.positions.note(record.tenant_id, record.position)
+        tenant_id = None
+        for record in reversed(records):
+            if record.tenant_id is not tenant_id:  # else an earlier one of the same command
+                tenant_id = record.tenant_id
+                self.positions.note(tenant_id, record.position)
         self.principals.on_records(records)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from uuid import UUID
 
 import psycopg
 
@@ -48,7 +47,9 @@ async def apply(
 
 
 async def _write(connection: Connection, work: Progress, batches: Sequence[Sequence[Change]]) -> int:
-    wanted = [key for changes in batches for key in edited(changes)]
+    if not batches:
+        return 0
+    wanted = edited(batches)
     loaded = await tables.load(connection, work.shapes, wanted) if wanted else {}
     fold = Fold(work.shapes, loaded)
     for changes in batches:
@@ -87,9 +88,13 @@ async def apply_one_by_one(
 def _changes(work: Progress, records: Sequence[Readable]) -> tuple[list[list[Change]], list[Parked]]:
     batches: list[list[Change]] = []
     parked: list[Parked] = []
-    waiting: set[UUID] = work.waiting
+    handled, positions, waiting = work.handled, work.positions, work.waiting
     for record in records:
-        if not work.concerns(record) or record.stream_id in waiting:
+        # Most records are of types that the projection does not handle, and no stream waits: decided without a call.
+        concerned = record.type in handled and record.position > positions[record.shard]
+        if not concerned and not (isinstance(record, Unreadable) and work.concerns(record)):
+            continue
+        if waiting and record.stream_id in waiting:
             continue
         try:
             if isinstance(record, Unreadable):

@@ -151,7 +151,8 @@ async def save(
     for name, reached in positions.items():
         by_positions.setdefault(tuple(reached), []).append(name)
     for reached, names in by_positions.items():
-        await connection.execute(_SAVE, (list(reached), names))
+        # As text: psycopg would look at each number of a list.
+        await connection.execute(_SAVE, (f"{{{','.join(map(str, reached))}}}", names))
     await park(connection, parked)
 
 

@@ -140,9 +140,9 @@ class Fold:
         return folded
 
 
-def edited(changes: Iterable[Change]) -> list[tuple[str, Key]]:
+def edited(batches: Iterable[Iterable[Change]]) -> list[tuple[str, Key]]:
     """The rows that must be loaded before these changes are folded."""
-    return [(change.table, change.key) for change in changes if type(change) is Edit]
+    return [(change.table, change.key) for changes in batches for change in changes if type(change) is Edit]
 
 
 def _add(row: Row, columns: Mapping[str, int]) -> None:

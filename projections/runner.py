@@ -315,7 +315,9 @@ class Runner:
             if len(records) >= BATCH_MAX and record.command_id != records[-1].command_id:
                 break
             shard, position = record.shard, record.position
-            last = lasts.get(shard, self._applied(shard))
+            last = lasts.get(shard)
+            if last is None:
+                last = self._applied(shard)
             if position > last + 1:
                 return None
             self._offered.popleft()

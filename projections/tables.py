@@ -7,6 +7,7 @@ or as one binary COPY where thousands are inserted. Both write the same bytes in
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
@@ -183,7 +184,8 @@ async def _count(connection: Connection, shape: Shape, rows: list[Row]) -> None:
     await connection.execute(_sql(query), (_json(rows),))
 
 
-def _recordset(shape: Shape, columns: Iterable[str]) -> str:
+@lru_cache(1_000)
+def _recordset(shape: Shape, columns: tuple[str, ...]) -> str:
     typed = ", ".join(f"{column} {shape.type_of(column)}" for column in columns)
     return f"json_to_recordset(%s::json) AS n({typed})"
 

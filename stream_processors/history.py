@@ -13,11 +13,15 @@ from domain.event_log import EventLog
 from domain.ids import shard_of
 from domain.prompt import FORGOTTEN, Exchange
 from domain.turn import Turn
+from schemas.codec import EVENT_TYPES
 from schemas.records import AnyRecord, Records
 
 CHARS_MAX = 20_000_000  # kept in all
 CONVERSATIONS_MAX = 5_000
 MESSAGES_MAX = 1_100  # kept of one conversation: what `max_history_messages` may ask for, and the queue
+_OF_CONVERSATIONS = frozenset(
+    kind.event_class for kind in EVENT_TYPES.values() if kind.aggregate is Conversation
+)
 EVENTS_PER_MESSAGE = 2  # a message may bring a queueing event with it
 
 
@@ -74,10 +78,11 @@ class ConversationHistory:
     def observe(self, records: Sequence[AnyRecord]) -> None:
         """Follow conversations that are at hand; take in those that begin."""
         for record in records:
-            if not isinstance(record.event, Conversation.Event):
+            kind = type(record.event)
+            if kind not in _OF_CONVERSATIONS:
                 continue
             tail = self._tails.get(record.stream_id)
-            if isinstance(record.event, Conversation.Started):
+            if kind is Conversation.Started:
                 tail = self._tails[record.stream_id] = _Tail(1, 0)
             if tail is None:
                 continue
@@ -132,12 +137,11 @@ def _reaches(tail: _Tail, turn: Turn, needed: int) -> bool:
 
 
 def _entry(record: AnyRecord) -> _Entry | None:
-    event = record.event
-    if isinstance(event, Conversation.MessageSent):
-        return _Entry(record.stream_version, event.turn_id, False, event.content or FORGOTTEN)
-    if isinstance(event, Conversation.AssistantReplied):
-        return _Entry(record.stream_version, event.turn_id, True, event.content or FORGOTTEN)
-    return None
+    event, kind = record.event, type(record.event)
+    if kind is not Conversation.MessageSent and kind is not Conversation.AssistantReplied:
+        return None
+    answer = kind is Conversation.AssistantReplied
+    return _Entry(record.stream_version, event.turn_id, answer, event.content or FORGOTTEN)
 
 
 def _past(tail: _Tail, turn: Turn, messages_max: int) -> Past:

@@ -93,20 +93,21 @@ class PostgresKeyRing:
         self._master = MasterKey(master_key, other_master_keys)
         self._cache_count_max = cache_count_max
         self._cache_ttl_s = cache_ttl_s
-        self._ciphers: OrderedDict[UUID, AESGCM | None] = OrderedDict()  # None: destroyed
-        self._loaded_at_s: dict[UUID, float] = {}
+        # By the number of the subject's id; None: destroyed.
+        self._ciphers: OrderedDict[int, AESGCM | None] = OrderedDict()
+        self._loaded_at_s: dict[int, float] = {}
 
     async def ensure(self, subject_ids: Sequence[UUID]) -> None:
         now_s = time.monotonic()
-        wanted = set(subject_ids)
+        wanted = {subject_id.int: subject_id for subject_id in subject_ids}
         if len(wanted) > self._cache_count_max:
             raise ValueError(f"{len(wanted)} subjects at once, the ring holds {self._cache_count_max}")
-        unknown = [each for each in wanted if not self._fresh(each, now_s)]
+        unknown = [subject_id for number, subject_id in wanted.items() if not self._fresh(number, now_s)]
         if not unknown:
             return
         keys = await ensure_keys(self._pool, DATA_KEYS, unknown, self._master)
         for subject_id, key in keys.items():
-            self._remember(subject_id, None if key is None else AESGCM(key), now_s)
+            self._remember(subject_id.int, None if key is None else AESGCM(key), now_s)
 
     def seal(self, subject_id: UUID, plaintext: bytes, aad: bytes) -> bytes:
         cipher = self._loaded(subject_id)
@@ -126,34 +127,37 @@ class PostgresKeyRing:
                 " WHERE data_key.destroyed_at IS NULL",
                 [subject_id],
             )
-        self._remember(subject_id, None, time.monotonic())
+        self._remember(subject_id.int, None, time.monotonic())
 
     def forget(self, subject_id: UUID) -> None:
         """Drop the key from this process's memory; the next `ensure` asks the store."""
-        self._ciphers.pop(subject_id, None)
-        self._loaded_at_s.pop(subject_id, None)
+        self._forget(subject_id.int)
+
+    def _forget(self, number: int) -> None:
+        self._ciphers.pop(number, None)
+        self._loaded_at_s.pop(number, None)
 
     def _loaded(self, subject_id: UUID) -> AESGCM | None:
         try:
-            return self._ciphers[subject_id]
+            return self._ciphers[subject_id.int]
         except KeyError:
             raise KeyNotLoaded(subject_id) from None
 
-    def _fresh(self, subject_id: UUID, now_s: float) -> bool:
-        if subject_id not in self._ciphers:
+    def _fresh(self, number: int, now_s: float) -> bool:
+        if number not in self._ciphers:
             return False
         # Also the stale ones: what a caller asks for together must not push itself out.
-        self._ciphers.move_to_end(subject_id)
-        return self._ciphers[subject_id] is None or now_s - self._loaded_at_s[subject_id] < self._cache_ttl_s
+        self._ciphers.move_to_end(number)
+        return self._ciphers[number] is None or now_s - self._loaded_at_s[number] < self._cache_ttl_s
 
-    def _remember(self, subject_id: UUID, cipher: AESGCM | None, loaded_at_s: float) -> None:
-        known = self._ciphers.get(subject_id, cipher)
+    def _remember(self, number: int, cipher: AESGCM | None, loaded_at_s: float) -> None:
+        known = self._ciphers.get(number, cipher)
         # A destruction is final: an answer read before it must not bring the key back.
-        self._ciphers[subject_id] = cipher if known is not None else None
-        self._ciphers.move_to_end(subject_id)
-        self._loaded_at_s[subject_id] = loaded_at_s
+        self._ciphers[number] = cipher if known is not None else None
+        self._ciphers.move_to_end(number)
+        self._loaded_at_s[number] = loaded_at_s
         while len(self._ciphers) > self._cache_count_max:
-            self.forget(next(iter(self._ciphers)))
+            self._forget(next(iter(self._ciphers)))
 
 
 async def ensure_keys(

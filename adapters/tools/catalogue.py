@@ -44,9 +44,11 @@ class ToolCatalogue:
     """The built-in tools, by name and in the order of the requirements."""
 
     def __init__(self, *tools: Tool) -> None:
-        self._tools = {tool.name: tool for tool in tools}
-        if len(self._tools) != len(tools):
+        by_name = {tool.name: tool for tool in tools}
+        if len(by_name) != len(tools):
             raise ValueError("two tools have the same name")
+        names = [*DEFAULT_TOOL_NAMES, *(name for name in by_name if name not in DEFAULT_TOOL_NAMES)]
+        self._tools = {name: by_name[name] for name in names if name in by_name}
 
     def get(self, name: str) -> Tool | None:
         """The tool, whether it can run or not; None when this server does not have it."""
@@ -54,7 +56,7 @@ class ToolCatalogue:
 
     def all(self) -> Sequence[Tool]:
         """The tools that can run now."""
-        return [entry.tool for entry in self.entries() if entry.tool is not None and entry.missing is None]
+        return [tool for tool in self._tools.values() if tool.missing() is None]
 
     def entries(self) -> Sequence[CatalogueEntry]:
         """Every tool of the requirements, then the others, each with what it lacks."""

@@ -63,7 +63,7 @@ def apply_one(rows: Rows, change: Change) -> None:
 
 def apply_folded(rows: Rows, batch: Sequence[Change]) -> None:
     """What `tables.write` does with a batch."""
-    fold = Fold(SHAPES, {key: dict(rows[key]) for key in edited(batch) if key in rows})
+    fold = Fold(SHAPES, {key: dict(rows[key]) for key in edited([batch]) if key in rows})
     fold.add(fresh(batch))
     for table, folds in fold.tables.items():
         for key, folded in folds.items():
