@@ -18,8 +18,6 @@ from hashlib import sha256
 from typing import Any, NoReturn, Protocol, TypeVar
 from uuid import UUID, uuid4
 
-from eventsourcing.domain import AggregateEvent
-
 from commands.command import (
     HANDLERS,
     Command,
@@ -53,7 +51,7 @@ from domain.ports import Clock
 from domain.turn import Turn
 from schemas import snapshots
 from schemas.codec import decode_json, encode_json
-from schemas.records import AnyRecord, Records, Sealed, record_of
+from schemas.records import AnyRecord, Records, record_of
 
 log_of = logging.getLogger(__name__)
 
@@ -457,17 +455,36 @@ class Bus:
         objects: list[tuple[str, bytes]] = []
         await self._records.ensure_keys([one.waiting.command.tenant_id for one in decided])
         for one in sorted(decided, key=lambda one: one.waiting.shard):
-            position = 0
+            waiting, position = one.waiting, 0
+            shard, tenant_id = waiting.shard, waiting.command.tenant_id
             if one.refusal is None:
                 for event in one.write.new_events():
-                    position = heads[one.waiting.shard] = heads[one.waiting.shard] + 1
-                    sealed = self._records.seal(event, one.waiting.command.tenant_id)
-                    batch.events.append(_event_row(one.waiting, position, event, sealed))
-                    objects.extend(sealed.objects)
+                    position = heads[shard] = heads[shard] + 1
+                    sealed = self._records.seal(event, tenant_id)
+                    row = StoredEvent(
+                        shard,
+                        position,
+                        tenant_id,
+                        event.originator_id,
+                        event.originator_version,
+                        sealed.type,
+                        sealed.schema_version,
+                        sealed.payload,
+                        sealed.personal,
+                        tenant_id if sealed.personal is not None else None,
+                        waiting.command_id,
+                        waiting.correlation_id,
+                        waiting.causation_id,
+                        waiting.actor,
+                        waiting.traceparent,
+                        None,
+                    )
+                    batch.events.append(row)
                     events.append(event)
-                batch.due.extend(one.write.due_changes.values())
+                    objects += sealed.objects
+                batch.due += one.write.due_changes.values()
             batch.commands.append(_row(one, position))
-            one.waiting.tried = position
+            waiting.tried = position
         if objects:
             await self._records.store(objects)
         return batch, events
@@ -491,7 +508,7 @@ class Bus:
             if snapshots.is_due(root, len(root.pending_events)):
                 self._keep(snapshots.taken(root, shard, tenant_id))
             root.pending_events.clear()
-            if isinstance(root, Turn) and root.outcome is not None:
+            if type(root) is Turn and root.outcome is not None:
                 self._cache.pop((shard, number), None)  # an ended turn is rarely asked for again
             else:
                 self._remember((shard, number), tenant_id, root)
@@ -549,28 +566,6 @@ def _answer(waiting: Waiting, row: CommandRow) -> None:
     else:
         refusal = decode_json(row.result)
         waiting.serve(RefusedBefore(row.outcome, refusal["sentence"], refusal["facts"]))
-
-
-def _event_row(waiting: Waiting, position: int, event: AggregateEvent, sealed: Sealed) -> StoredEvent:
-    tenant_id = waiting.command.tenant_id
-    return StoredEvent(
-        waiting.shard,
-        position,
-        tenant_id,
-        event.originator_id,
-        event.originator_version,
-        sealed.type,
-        sealed.schema_version,
-        sealed.payload,
-        sealed.personal,
-        tenant_id if sealed.personal is not None else None,
-        waiting.command_id,
-        waiting.correlation_id,
-        waiting.causation_id,
-        waiting.actor,
-        waiting.traceparent,
-        None,
-    )
 
 
 def _row(one: Decided, position: int) -> CommandRow:

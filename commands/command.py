@@ -23,6 +23,7 @@ from domain.plans import DEFAULT_PLANS, Limits
 from domain.prices import RateCard, rate_card_at
 
 Result = dict[str, Any]
+Events = list[AggregateEvent]
 AggregateT = TypeVar("AggregateT", bound=Root)
 
 
@@ -93,6 +94,17 @@ class WriteSide:
             found = self.touched[id.int] = known.fork()
         return found if isinstance(found, aggregate_class) else None
 
+    def look(self, aggregate_class: type[AggregateT], id: UUID) -> AggregateT:
+        """The aggregate as it is, only to look at: cheaper than `get`, and nothing may be decided on it.
+
+        Raises:
+            NotFound: no such thing of this tenant.
+        """
+        found = self.touched.get(id.int) or self._known(id)
+        if not isinstance(found, aggregate_class):
+            raise NotFound(noun_of(aggregate_class))
+        return found
+
     def get(self, aggregate_class: type[AggregateT], id: UUID) -> AggregateT:
         """The aggregate, to decide on.
 
@@ -121,9 +133,7 @@ class WriteSide:
 
     def new_events(self) -> list[AggregateEvent]:
         """What was decided, aggregate by aggregate in the order in which they were touched."""
-        return [
-            cast(AggregateEvent, event) for root in self.touched.values() for event in root.pending_events
-        ]
+        return [event for root in self.touched.values() for event in cast(Events, root.pending_events)]
 
     def limits_of(self, account: CreditAccount) -> Limits:
         """The daily limits of the account's plan."""

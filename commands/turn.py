@@ -208,7 +208,7 @@ class EndOverdueTurn(_OfTurn):
 
 @handles(SendMessage)
 def send_message(command: SendMessage, write: WriteSide) -> Result:
-    agent = write.get(Agent, command.agent_id)
+    agent = write.look(Agent, command.agent_id)
     agent.check_can_answer(command.by_owner)
     conversation = _conversation(command, write)
     config_version = agent.served_version(command.by_owner)
@@ -245,7 +245,7 @@ def send_message(command: SendMessage, write: WriteSide) -> Result:
 
 @handles(InvokeTool)
 def invoke_tool(command: InvokeTool, write: WriteSide) -> Result:
-    agent = write.get(Agent, command.agent_id)
+    agent = write.look(Agent, command.agent_id)
     agent.check_can_answer(command.by_owner)
     turn = _accept(
         write,
@@ -283,7 +283,7 @@ def cancel_turn(command: CancelTurn, write: WriteSide) -> Result:
 def start_model_call(command: StartModelCall, write: WriteSide) -> Result:
     turn = write.get(Turn, command.turn_id)
     if turn.conversation_id is not None:
-        conversation = write.get(Conversation, turn.conversation_id)
+        conversation = write.look(Conversation, turn.conversation_id)
         if conversation.active_turn != turn.id:
             raise NotYours("Another turn of the conversation comes first.")
     if not turn.assembled:

@@ -33,6 +33,7 @@ ENVELOPE = ("originator_id", "originator_version", "timestamp", "originator_topi
 encode_json = msgspec.json.Encoder().encode
 decode_json = msgspec.json.Decoder(dict[str, Any]).decode
 # U+0000 as JSON writes it: an odd number of backslashes before u0000.
+_NUL_ESCAPE = b"\\u0000"
 _NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")
 _REPLACED = rb"\1\\ufffd"
 
@@ -61,11 +62,12 @@ class EventType:
 
 def encode(event: AggregateEvent) -> tuple[bytes, bytes | None]:
     """The payload, and the plain bytes of the personal part if the event has one."""
-    kind = type_of(type(event))
-    values = vars(event)
+    kind, values = type_of(type(event)), event.__dict__
     payload = encode_json({name: values[name] for name in kind.public})
-    personal = encode_json({name: values[name] for name in kind.personal}) if kind.personal else None
-    return without_nul(payload), personal and without_nul(personal)
+    if not kind.personal:
+        return without_nul(payload) if _NUL_ESCAPE in payload else payload, None
+    personal = encode_json({name: values[name] for name in kind.personal})
+    return without_nul(payload), without_nul(personal)
 
 
 def decode(
@@ -110,7 +112,7 @@ def type_of(event_class: type[AggregateEvent]) -> EventType:
 
 def without_nul(encoded: bytes) -> bytes:
     """JSON with each U+0000 in its texts replaced by U+FFFD: Postgres text has no such character."""
-    return _NUL.sub(_REPLACED, encoded) if b"\\u0000" in encoded else encoded
+    return _NUL.sub(_REPLACED, encoded) if _NUL_ESCAPE in encoded else encoded
 
 
 def storable(text: str) -> str:
@@ -144,7 +146,7 @@ def _describe(name: str, event_class: type[AggregateEvent], aggregate: type[Root
     version = int(getattr(event_class, "class_version", 1))
     envelope: dict[str, Any] = {"originator_id": UUID(int=0), "originator_version": 0, "timestamp": _EPOCH}
     if issubclass(event_class, AggregateCreated):
-        envelope["originator_topic"] = aggregate.TOPIC  # type: ignore[attr-defined]
+        envelope["originator_topic"] = aggregate.TOPIC
     return EventType(
         name,
         event_class,

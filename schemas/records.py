@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 from eventsourcing.domain import AggregateEvent
@@ -73,7 +73,8 @@ class Unreadable:
     error: Exception
 
 
-class Sealed(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Sealed:
     """An event as the log keeps it, and the parts that must reach the object store before it."""
 
     type: str

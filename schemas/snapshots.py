@@ -56,14 +56,14 @@ class ConversationState:
 
 
 STATES: dict[type[Root], type] = {CreditAccount: CreditAccountState, Conversation: ConversationState}
-_CLASSES = {root_class.TOPIC: root_class for root_class in STATES}  # type: ignore[attr-defined]
+_CLASSES = {root_class.TOPIC: root_class for root_class in STATES}
 
 
 def schema_of(root_class: type[Root]) -> str:
     """Names the form of a state; another form is another name."""
     form = msgspec.json.encode(msgspec.json.schema(STATES[root_class]), order="deterministic")
     digest = sha256(form).hexdigest()[:16]
-    return f"{root_class.TOPIC}/{digest}"  # type: ignore[attr-defined]
+    return f"{root_class.TOPIC}/{digest}"
 
 
 _SCHEMAS = {root_class: schema_of(root_class) for root_class in STATES}

@@ -143,7 +143,7 @@ class Work:
         while True:
             try:
                 outcome = await self.ask(command, command_id, turn_id)
-                return replace(outcome, seen=outcome.seen and not lost)
+                return replace(outcome, seen=False) if lost else outcome
             except (LogUnavailable, Overloaded) as failure:
                 lost = lost or isinstance(failure, LogUnavailable)
                 if self.clock() >= until:
