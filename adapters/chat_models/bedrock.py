@@ -34,17 +34,7 @@ from adapters.chat_models.limits import (
     wire_name,
 )
 from adapters.chat_models.reply import ReplyParts
-from domain.ports import (
-    FinishReason,
-    Message,
-    ModelCard,
-    ModelErrorClass,
-    ModelFault,
-    ModelReply,
-    ModelRequest,
-    TokenUsage,
-    ToolRequest,
-)
+from domain import ports
 
 LABEL = "AWS Bedrock"
 THREADS_MAX = 32
@@ -54,7 +44,7 @@ PROFILE_PAGES_MAX = 10
 EMPTY = "(empty)"
 """Bedrock refuses blank text blocks."""
 
-_FINISH_REASONS: dict[str, FinishReason] = {
+_FINISH_REASONS: dict[str, ports.FinishReason] = {
     "end_turn": "stop",
     "stop_sequence": "stop",
     "tool_use": "tool_calls",
@@ -64,22 +54,22 @@ _FINISH_REASONS: dict[str, FinishReason] = {
     "content_filtered": "content_filter",
 }
 _CLASSES = {
-    "ThrottlingException": ModelErrorClass.RATE_LIMITED,
-    "TooManyRequestsException": ModelErrorClass.RATE_LIMITED,
-    "ServiceQuotaExceededException": ModelErrorClass.RATE_LIMITED,
-    "ModelNotReadyException": ModelErrorClass.OVERLOADED,
-    "ModelErrorException": ModelErrorClass.OVERLOADED,
-    "ModelStreamErrorException": ModelErrorClass.OVERLOADED,
-    "InternalServerException": ModelErrorClass.OVERLOADED,
-    "ServiceUnavailableException": ModelErrorClass.OVERLOADED,
-    "ModelTimeoutException": ModelErrorClass.TIMEOUT,
-    "ResourceNotFoundException": ModelErrorClass.UNKNOWN_MODEL,
-    "AccessDeniedException": ModelErrorClass.UNAUTHORIZED,
-    "UnrecognizedClientException": ModelErrorClass.UNAUTHORIZED,
-    "InvalidSignatureException": ModelErrorClass.UNAUTHORIZED,
-    "IncompleteSignatureException": ModelErrorClass.UNAUTHORIZED,
-    "MissingAuthenticationTokenException": ModelErrorClass.UNAUTHORIZED,
-    "ExpiredTokenException": ModelErrorClass.UNAUTHORIZED,
+    "ThrottlingException": ports.ModelErrorClass.RATE_LIMITED,
+    "TooManyRequestsException": ports.ModelErrorClass.RATE_LIMITED,
+    "ServiceQuotaExceededException": ports.ModelErrorClass.RATE_LIMITED,
+    "ModelNotReadyException": ports.ModelErrorClass.OVERLOADED,
+    "ModelErrorException": ports.ModelErrorClass.OVERLOADED,
+    "ModelStreamErrorException": ports.ModelErrorClass.OVERLOADED,
+    "InternalServerException": ports.ModelErrorClass.OVERLOADED,
+    "ServiceUnavailableException": ports.ModelErrorClass.OVERLOADED,
+    "ModelTimeoutException": ports.ModelErrorClass.TIMEOUT,
+    "ResourceNotFoundException": ports.ModelErrorClass.UNKNOWN_MODEL,
+    "AccessDeniedException": ports.ModelErrorClass.UNAUTHORIZED,
+    "UnrecognizedClientException": ports.ModelErrorClass.UNAUTHORIZED,
+    "InvalidSignatureException": ports.ModelErrorClass.UNAUTHORIZED,
+    "IncompleteSignatureException": ports.ModelErrorClass.UNAUTHORIZED,
+    "MissingAuthenticationTokenException": ports.ModelErrorClass.UNAUTHORIZED,
+    "ExpiredTokenException": ports.ModelErrorClass.UNAUTHORIZED,
 }
 # The API does not say which models take tools; these families do not ("Supported models and model features" in the
 # Bedrock user guide), and newer ones do.
@@ -160,7 +150,7 @@ class Bedrock:
                 )
             return self._clients[service]
 
-    async def cards(self) -> Sequence[ModelCard]:
+    async def cards(self) -> Sequence[ports.ModelCard]:
         """The region's text models and inference profiles; empty when Bedrock does not answer in time."""
         loop = asyncio.get_running_loop()
         try:
@@ -169,7 +159,7 @@ class Bedrock:
         except (TimeoutError, aws.BotoCoreError, aws.ClientError):
             return ()
 
-    def _list(self) -> list[ModelCard]:
+    def _list(self) -> list[ports.ModelCard]:
         client = self._client("bedrock")
         listed = client.list_foundation_models(byOutputModality="TEXT").get("modelSummaries", ())
         models = {model["modelId"]: model for model in listed[:CARDS_MAX] if _can_chat(model)}
@@ -201,8 +191,8 @@ class Bedrock:
         return profiles
 
     async def complete(
-        self, request: ModelRequest, on_text: Callable[[str], None] | None = None
-    ) -> ModelReply:
+        self, request: ports.ModelRequest, on_text: Callable[[str], None] | None = None
+    ) -> ports.ModelReply:
         """Ask once; see `domain.ports.ChatModel.complete`."""
         loop = asyncio.get_running_loop()
         over = threading.Event()
@@ -221,11 +211,13 @@ class Bedrock:
             async with asyncio.timeout(request.timeout_s):
                 return await loop.run_in_executor(self._pool, ask)
         except TimeoutError as timeout:
-            raise fault(ModelErrorClass.TIMEOUT, LABEL) from timeout
+            raise fault(ports.ModelErrorClass.TIMEOUT, LABEL) from timeout
         finally:
             over.set()
 
-    def _ask(self, request: ModelRequest, parts: ReplyParts, over: threading.Event | None) -> ModelReply:
+    def _ask(
+        self, request: ports.ModelRequest, parts: ReplyParts, over: threading.Event | None
+    ) -> ports.ModelReply:
         """In a thread: Converse, or ConverseStream until `over` is set."""
         try:
             client = self._client("bedrock-runtime")
@@ -236,7 +228,7 @@ class Bedrock:
                 return _read_stream(stream, parts, over)
             finally:
                 stream.close()
-        except ModelFault:
+        except ports.ModelFault:
             raise
         except Exception as error:
             # boto3's contract names no base class for what its HTTP library, parser and credentials raise.
@@ -250,7 +242,7 @@ class Bedrock:
             client.close()
 
 
-def _arguments(request: ModelRequest) -> dict[str, Any]:
+def _arguments(request: ports.ModelRequest) -> dict[str, Any]:
     """The keyword arguments of Converse."""
     arguments: dict[str, Any] = {
         "modelId": request.model,
@@ -282,7 +274,7 @@ def _arguments(request: ModelRequest) -> dict[str, Any]:
     return arguments | ({"inferenceConfig": inference} if inference else {})
 
 
-def _wire_messages(messages: Iterable[Message], with_tools: bool) -> list[dict[str, Any]]:
+def _wire_messages(messages: Iterable[ports.Message], with_tools: bool) -> list[dict[str, Any]]:
     """The history as Bedrock wants it: the user first, roles in turn, no blank text."""
     names: dict[str, str] = {}
     wire: list[dict[str, Any]] = []
@@ -300,7 +292,7 @@ def _wire_messages(messages: Iterable[Message], with_tools: bool) -> list[dict[s
     return wire
 
 
-def _blocks(message: Message, names: dict[str, str], with_tools: bool) -> list[dict[str, Any]]:
+def _blocks(message: ports.Message, names: dict[str, str], with_tools: bool) -> list[dict[str, Any]]:
     """A message's content blocks. Without a toolConfig Bedrock refuses tool blocks: then they are told as text."""
     text = message.content if message.content.strip() else ""
     if message.role == "tool":
@@ -315,7 +307,7 @@ def _blocks(message: Message, names: dict[str, str], with_tools: bool) -> list[d
     return blocks
 
 
-def _tool_use(asked: ToolRequest) -> dict[str, Any]:
+def _tool_use(asked: ports.ToolRequest) -> dict[str, Any]:
     return {
         "toolUse": {
             "toolUseId": _wire_id(asked.id),
@@ -332,7 +324,7 @@ def _wire_id(call_id: str) -> str:
     return "call_" + blake2b(call_id.encode(), digest_size=12).hexdigest()
 
 
-def _read_whole(answer: dict[str, Any], parts: ReplyParts) -> ModelReply:
+def _read_whole(answer: dict[str, Any], parts: ReplyParts) -> ports.ModelReply:
     for block in answer["output"]["message"]["content"]:
         if "text" in block:
             parts.add_text(block["text"])
@@ -342,12 +334,14 @@ def _read_whole(answer: dict[str, Any], parts: ReplyParts) -> ModelReply:
     return parts.finished(_reason_of(answer["stopReason"]), _usage_of(answer.get("usage")))
 
 
-def _read_stream(stream: Iterable[dict[str, Any]], parts: ReplyParts, over: threading.Event) -> ModelReply:
-    reason: FinishReason | None = None
-    usage: TokenUsage | None = None
+def _read_stream(
+    stream: Iterable[dict[str, Any]], parts: ReplyParts, over: threading.Event
+) -> ports.ModelReply:
+    reason: ports.FinishReason | None = None
+    usage: ports.TokenUsage | None = None
     for event in stream:
         if over.is_set():
-            raise fault(ModelErrorClass.TIMEOUT, LABEL)
+            raise fault(ports.ModelErrorClass.TIMEOUT, LABEL)
         match event:
             case {"contentBlockStart": {"contentBlockIndex": int(index), "start": {"toolUse": use}}}:
                 parts.add_tool_piece(index, use["toolUseId"], use["name"], "")
@@ -368,22 +362,22 @@ def _read_stream(stream: Iterable[dict[str, Any]], parts: ReplyParts, over: thre
                 # Reasoning, citations, the ends of blocks and what does not exist yet: nothing of the reply.
                 continue
     if reason is None:
-        raise fault(ModelErrorClass.GARBAGE, LABEL, "the stream ended before the reply did")
+        raise fault(ports.ModelErrorClass.GARBAGE, LABEL, "the stream ended before the reply did")
     return parts.finished(reason, usage)
 
 
-def _reason_of(stop_reason: str) -> FinishReason:
+def _reason_of(stop_reason: str) -> ports.FinishReason:
     """Ours for Bedrock's; one that does not exist yet is a stop."""
     if stop_reason.startswith("malformed_"):
-        raise fault(ModelErrorClass.GARBAGE, LABEL, "the model's output is malformed")
+        raise fault(ports.ModelErrorClass.GARBAGE, LABEL, "the model's output is malformed")
     return _FINISH_REASONS.get(stop_reason, "stop")
 
 
-def _usage_of(counts: dict[str, int] | None) -> TokenUsage | None:
+def _usage_of(counts: dict[str, int] | None) -> ports.TokenUsage | None:
     """Bedrock's five numbers; the total is the sum of the others, and input tokens leave out the cached ones."""
     if not counts or "inputTokens" not in counts:
         return None
-    return TokenUsage(
+    return ports.TokenUsage(
         input=counts["inputTokens"],
         output=counts.get("outputTokens", 0),
         cache_read=counts.get("cacheReadInputTokens", 0),
@@ -391,24 +385,24 @@ def _usage_of(counts: dict[str, int] | None) -> TokenUsage | None:
     )
 
 
-def _fault_of(error: Exception, request: ModelRequest) -> ModelFault:
+def _fault_of(error: Exception, request: ports.ModelRequest) -> ports.ModelFault:
     if isinstance(error, aws.ClientError):
         return _refusal(error, request)
     if isinstance(error, aws.ReadTimeoutError | urllib3.ReadTimeoutError):
-        return fault(ModelErrorClass.TIMEOUT, LABEL)
+        return fault(ports.ModelErrorClass.TIMEOUT, LABEL)
     if isinstance(error, aws.HTTPClientError | aws.ConnectionError | urllib3.HTTPError | OSError):
-        return fault(ModelErrorClass.UNREACHABLE, LABEL)
+        return fault(ports.ModelErrorClass.UNREACHABLE, LABEL)
     if isinstance(error, aws.ParamValidationError):
-        return fault(ModelErrorClass.REFUSED, LABEL, "the request does not have the form it takes")
+        return fault(ports.ModelErrorClass.REFUSED, LABEL, "the request does not have the form it takes")
     if isinstance(error, ResponseParserError | ParserError | ValueError | LookupError):
-        return fault(ModelErrorClass.GARBAGE, LABEL)
+        return fault(ports.ModelErrorClass.GARBAGE, LABEL)
     if isinstance(error, aws.BotoCoreError):
         # What is left of botocore's own are missing, partial and expired credentials.
-        return fault(ModelErrorClass.UNAUTHORIZED, LABEL)
+        return fault(ports.ModelErrorClass.UNAUTHORIZED, LABEL)
     raise error
 
 
-def _refusal(error: Any, request: ModelRequest) -> ModelFault:
+def _refusal(error: Any, request: ports.ModelRequest) -> ports.ModelFault:
     """The fault of an error answer or of an exception frame, which spells its first letter small."""
     said = error.response.get("Error", {})
     code, message = str(said.get("Code", "")), str(said.get("Message", ""))
@@ -417,8 +411,8 @@ def _refusal(error: Any, request: ModelRequest) -> ModelFault:
     error_class = _CLASSES.get(name) or class_of_status(
         int(metadata.get("HTTPStatusCode", 400)), code, message
     )
-    if error_class is ModelErrorClass.REFUSED and "model identifier is invalid" in message:
-        error_class = ModelErrorClass.UNKNOWN_MODEL
+    if error_class is ports.ModelErrorClass.REFUSED and "model identifier is invalid" in message:
+        error_class = ports.ModelErrorClass.UNKNOWN_MODEL
     headers = {key.title(): value for key, value in metadata.get("HTTPHeaders", {}).items()}
     return fault(error_class, LABEL, provider_words(message, request), retry_after_s(headers))
 
@@ -431,8 +425,8 @@ def _can_chat(model: dict[str, Any]) -> bool:
     )
 
 
-def _card(name: str, title: str, model: dict[str, Any]) -> ModelCard:
-    return ModelCard(
+def _card(name: str, title: str, model: dict[str, Any]) -> ports.ModelCard:
+    return ports.ModelCard(
         name=f"{Bedrock.provider}:{clean_text(name)}",
         provider=Bedrock.provider,
         display_name=clean_text(title),

@@ -25,16 +25,7 @@ from adapters.chat_models.limits import (
     wire_name,
 )
 from adapters.chat_models.reply import ReplyParts
-from domain.ports import (
-    FinishReason,
-    Message,
-    ModelCard,
-    ModelErrorClass,
-    ModelFault,
-    ModelReply,
-    ModelRequest,
-    TokenUsage,
-)
+from domain import ports
 
 LABEL = "Ollama"
 DEFAULT_PORT = 11434
@@ -99,14 +90,14 @@ class Ollama:
         self._shown: dict[tuple[str, str], _Details] = {}
         self._context_tokens: dict[str, int] = {}
 
-    async def cards(self) -> Sequence[ModelCard]:
+    async def cards(self) -> Sequence[ports.ModelCard]:
         """The models Ollama holds that can chat, last changed first; empty when it does not answer in time."""
         try:
             async with self._upstream.deadline(CARDS_TIMEOUT_S):
                 names = await self._names()
                 places = asyncio.Semaphore(SHOWN_AT_ONCE_MAX)
                 shown = await asyncio.gather(*(self._show(name, digest, places) for name, digest in names))
-        except ModelFault:
+        except ports.ModelFault:
             return ()
         cards = [
             self._card(name, details)
@@ -147,11 +138,11 @@ class Ollama:
         self._shown[name, digest] = details
         return details
 
-    def _card(self, name: str, details: _Details) -> ModelCard:
+    def _card(self, name: str, details: _Details) -> ports.ModelCard:
         lengths = (n for key, n in details.model_info.items() if key.endswith(".context_length"))
         length = next((n for n in lengths if isinstance(n, int) and n > 0), self._num_ctx)
         capabilities = details.capabilities
-        return ModelCard(
+        return ports.ModelCard(
             name=f"{self.provider}:{clean_text(name)}",
             provider=self.provider,
             display_name=clean_text(name),
@@ -162,13 +153,13 @@ class Ollama:
         )
 
     async def complete(
-        self, request: ModelRequest, on_text: Callable[[str], None] | None = None
-    ) -> ModelReply:
+        self, request: ports.ModelRequest, on_text: Callable[[str], None] | None = None
+    ) -> ports.ModelReply:
         """Ask once; see `domain.ports.ChatModel.complete`."""
         num_ctx = self._context_tokens.get(request.model, self._num_ctx)
         if estimated_usage(request, 0).input > num_ctx:
             # Ollama would drop the beginning of the prompt without a word.
-            raise fault(ModelErrorClass.CONTEXT_TOO_LONG, LABEL, f"about {num_ctx} tokens fit")
+            raise fault(ports.ModelErrorClass.CONTEXT_TOO_LONG, LABEL, f"about {num_ctx} tokens fit")
         parts = ReplyParts(request, LABEL, on_text)
         body = _body(request, streamed=on_text is not None, num_ctx=num_ctx)
         async with (
@@ -184,7 +175,7 @@ class Ollama:
                 frame = _take(line, parts, request)
                 if frame.done:
                     return parts.finished(_reason_of(frame), _usage_of(frame))
-            raise fault(ModelErrorClass.GARBAGE, LABEL, "the stream ended before the reply did")
+            raise fault(ports.ModelErrorClass.GARBAGE, LABEL, "the stream ended before the reply did")
 
     async def close(self) -> None:
         """Close the connections."""
@@ -200,7 +191,7 @@ def _base_of(host: str) -> URL:
     return base.with_host("127.0.0.1") if base.host == "0.0.0.0" else base  # noqa: S104 - replaced, not bound.
 
 
-def _body(request: ModelRequest, streamed: bool, num_ctx: int) -> bytes:
+def _body(request: ports.ModelRequest, streamed: bool, num_ctx: int) -> bytes:
     names = {asked.id: asked.name for message in request.messages for asked in message.tool_requests}
     messages: list[dict[str, Any]] = [{"role": "system", "content": request.system}] if request.system else []
     messages.extend(_wire_message(message, names) for message in request.messages)
@@ -226,7 +217,7 @@ def _body(request: ModelRequest, streamed: bool, num_ctx: int) -> bytes:
     return orjson.dumps(body)
 
 
-def _wire_message(message: Message, names: Mapping[str, str]) -> dict[str, Any]:
+def _wire_message(message: ports.Message, names: Mapping[str, str]) -> dict[str, Any]:
     wire: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.role == "tool":
         # Ollama knows results by the tool's name; it has no ids.
@@ -239,16 +230,16 @@ def _wire_message(message: Message, names: Mapping[str, str]) -> dict[str, Any]:
     return wire
 
 
-def _take(data: bytes, parts: ReplyParts, request: ModelRequest) -> _Frame:
+def _take(data: bytes, parts: ReplyParts, request: ports.ModelRequest) -> _Frame:
     """Move one frame's text and tool requests over."""
     try:
         frame = _frame.decode(data)
     except _MALFORMED as malformed:
-        raise fault(ModelErrorClass.GARBAGE, LABEL) from malformed
+        raise fault(ports.ModelErrorClass.GARBAGE, LABEL) from malformed
     if frame.error is not None:
         raise _fault_of(500, frame.error, request, None)
     if frame.message is None and not frame.done:
-        raise fault(ModelErrorClass.GARBAGE, LABEL)
+        raise fault(ports.ModelErrorClass.GARBAGE, LABEL)
     message = frame.message or _Content()
     parts.add_text(message.content or "")
     for call in message.tool_calls or ():
@@ -257,24 +248,28 @@ def _take(data: bytes, parts: ReplyParts, request: ModelRequest) -> _Frame:
     return frame
 
 
-def _reason_of(frame: _Frame) -> FinishReason:
+def _reason_of(frame: _Frame) -> ports.FinishReason:
     return "length" if frame.done_reason == "length" else "stop"
 
 
-def _usage_of(frame: _Frame) -> TokenUsage | None:
+def _usage_of(frame: _Frame) -> ports.TokenUsage | None:
     """Ollama's counts; None when it left one out, as some versions do when the prompt was cached."""
     if frame.prompt_eval_count is None or frame.eval_count is None:
         return None
-    return TokenUsage(max(frame.prompt_eval_count, 0), max(frame.eval_count, 0))
+    return ports.TokenUsage(max(frame.prompt_eval_count, 0), max(frame.eval_count, 0))
 
 
-async def _refusal(upstream: Upstream, response: ClientResponse, request: ModelRequest) -> ModelFault:
+async def _refusal(
+    upstream: Upstream, response: ClientResponse, request: ports.ModelRequest
+) -> ports.ModelFault:
     error = _json(await upstream.error_body(response)).get("error")
     message = error if isinstance(error, str) else ""
     return _fault_of(response.status, message, request, retry_after_s(response.headers))
 
 
-def _fault_of(status: int, message: str, request: ModelRequest, retry_after: float | None) -> ModelFault:
+def _fault_of(
+    status: int, message: str, request: ports.ModelRequest, retry_after: float | None
+) -> ports.ModelFault:
     words = provider_words(message, request)
     return fault(class_of_status(status, message=message), LABEL, words, retry_after)
 

@@ -29,18 +29,9 @@ from adapters.chat_models.limits import (
     wire_name,
 )
 from adapters.chat_models.reply import ReplyParts
-from domain.ports import (
-    FinishReason,
-    Message,
-    ModelCard,
-    ModelErrorClass,
-    ModelFault,
-    ModelReply,
-    ModelRequest,
-    TokenUsage,
-)
+from domain import ports
 
-_FINISH_REASONS: dict[str | None, FinishReason] = {
+_FINISH_REASONS: dict[str | None, ports.FinishReason] = {
     "length": "length",
     "content_filter": "content_filter",
     "tool_calls": "tool_calls",
@@ -150,7 +141,7 @@ class OpenAIWire:
         # OpenAI's reasoning models refuse `max_tokens`; most other upstreams know only that name.
         self._max_tokens = "max_completion_tokens" if base.host == "api.openai.com" else "max_tokens"
 
-    async def cards(self) -> Sequence[ModelCard]:
+    async def cards(self) -> Sequence[ports.ModelCard]:
         """The upstream's `/models` that can chat; empty when it does not answer within `CARDS_TIMEOUT_S`."""
         try:
             async with (
@@ -160,21 +151,21 @@ class OpenAIWire:
                 if response.status != 200:
                     return ()
                 listed = orjson.loads(await self._upstream.body(response))
-        except (ModelFault, orjson.JSONDecodeError):
+        except (ports.ModelFault, orjson.JSONDecodeError):
             return ()
         models = listed.get("data") if isinstance(listed, dict) else None
         if not isinstance(models, list):
             return ()
         return [self._card(model) for model in models[:CARDS_MAX] if _can_chat(model)]
 
-    def _card(self, model: dict[str, Any]) -> ModelCard:
+    def _card(self, model: dict[str, Any]) -> ports.ModelCard:
         name = clean_text(model["id"])
         capabilities = _dict(model.get("capabilities"))  # Mistral
         parameters = model.get("supported_parameters")  # OpenRouter
         modalities = _dict(model.get("architecture")).get("input_modalities") or ()
         lengths = (model.get("max_model_len"), model.get("context_length"), model.get("max_context_length"))
         title = model.get("name")
-        return ModelCard(
+        return ports.ModelCard(
             name=f"{self.provider}:{name}",
             provider=self.provider,
             display_name=clean_text(title) if isinstance(title, str) and title else name,
@@ -187,8 +178,8 @@ class OpenAIWire:
         )
 
     async def complete(
-        self, request: ModelRequest, on_text: Callable[[str], None] | None = None
-    ) -> ModelReply:
+        self, request: ports.ModelRequest, on_text: Callable[[str], None] | None = None
+    ) -> ports.ModelReply:
         """Ask once; see `domain.ports.ChatModel.complete`."""
         parts = ReplyParts(request, self._label, on_text)
         body = self._body(request, streamed=on_text is not None)
@@ -206,7 +197,7 @@ class OpenAIWire:
             # An upstream that cannot stream answers as a whole; then the text is one piece.
             return self._read_whole(await self._upstream.body(response), request, parts)
 
-    def _body(self, request: ModelRequest, streamed: bool) -> bytes:
+    def _body(self, request: ports.ModelRequest, streamed: bool) -> bytes:
         messages: list[dict[str, Any]] = []
         if request.system:
             messages.append({"role": "system", "content": request.system})
@@ -232,20 +223,20 @@ class OpenAIWire:
             body["temperature"] = request.temperature
         return orjson.dumps(body)
 
-    def _read_whole(self, body: bytes, request: ModelRequest, parts: ReplyParts) -> ModelReply:
+    def _read_whole(self, body: bytes, request: ports.ModelRequest, parts: ReplyParts) -> ports.ModelReply:
         completion = self._decoded(body, request)
         if not completion.choices or (message := completion.choices[0].message) is None:
-            raise fault(ModelErrorClass.GARBAGE, self._label)
+            raise fault(ports.ModelErrorClass.GARBAGE, self._label)
         reason = self._take(message, parts, whole=True)
         finish_reason = reason or _FINISH_REASONS.get(completion.choices[0].finish_reason, "stop")
         return parts.finished(finish_reason, _usage_of(completion.usage))
 
     async def _read_stream(
-        self, response: ClientResponse, request: ModelRequest, parts: ReplyParts
-    ) -> ModelReply:
-        usage: TokenUsage | None = None
-        reason: FinishReason | None = None
-        refused: FinishReason | None = None
+        self, response: ClientResponse, request: ports.ModelRequest, parts: ReplyParts
+    ) -> ports.ModelReply:
+        usage: ports.TokenUsage | None = None
+        reason: ports.FinishReason | None = None
+        refused: ports.FinishReason | None = None
         ended = False
         async for data in self._events(response):
             if data == b"[DONE]":
@@ -259,7 +250,7 @@ class OpenAIWire:
                 if choice.finish_reason is not None:
                     reason = _FINISH_REASONS.get(choice.finish_reason, "stop")
         if not ended and reason is None:
-            raise fault(ModelErrorClass.GARBAGE, self._label, "the stream ended before the reply did")
+            raise fault(ports.ModelErrorClass.GARBAGE, self._label, "the stream ended before the reply did")
         return parts.finished(refused or reason or "stop", usage)
 
     async def _events(self, response: ClientResponse) -> AsyncIterator[bytes]:
@@ -268,18 +259,18 @@ class OpenAIWire:
             if line.startswith(b"data:"):
                 yield line[5:].strip()
             elif line and not line.startswith((b":", b"event:", b"id:", b"retry:")):
-                raise fault(ModelErrorClass.GARBAGE, self._label)
+                raise fault(ports.ModelErrorClass.GARBAGE, self._label)
 
-    def _decoded(self, data: bytes, request: ModelRequest) -> _Completion:
+    def _decoded(self, data: bytes, request: ports.ModelRequest) -> _Completion:
         try:
             completion = _completion.decode(data)
         except _MALFORMED as malformed:
-            raise fault(ModelErrorClass.GARBAGE, self._label) from malformed
+            raise fault(ports.ModelErrorClass.GARBAGE, self._label) from malformed
         if completion.error is not None:
             raise self._fault_of(completion.error, 500, request, None)
         return completion
 
-    def _take(self, content: _Content, parts: ReplyParts, whole: bool) -> FinishReason | None:
+    def _take(self, content: _Content, parts: ReplyParts, whole: bool) -> ports.FinishReason | None:
         """Move a message's or delta's content over; a refusal is text and ends as a content filter does."""
         if isinstance(content.content, str):
             parts.add_text(content.content)
@@ -298,7 +289,7 @@ class OpenAIWire:
             return "content_filter"
         return None
 
-    async def _refusal(self, response: ClientResponse, request: ModelRequest) -> ModelFault:
+    async def _refusal(self, response: ClientResponse, request: ports.ModelRequest) -> ports.ModelFault:
         try:
             error = orjson.loads(await self._upstream.error_body(response))
         except orjson.JSONDecodeError:
@@ -306,8 +297,8 @@ class OpenAIWire:
         return self._fault_of(error, response.status, request, retry_after_s(response.headers))
 
     def _fault_of(
-        self, error: Any, status: int, request: ModelRequest, retry_after: float | None
-    ) -> ModelFault:
+        self, error: Any, status: int, request: ports.ModelRequest, retry_after: float | None
+    ) -> ports.ModelFault:
         """The fault of an error and a status; where the status says nothing of its own, the error's code does."""
         code, message, own_status = _error_parts(error)
         if status == 500:
@@ -320,7 +311,7 @@ class OpenAIWire:
         await self._upstream.close()
 
 
-def _wire_message(message: Message) -> dict[str, Any]:
+def _wire_message(message: ports.Message) -> dict[str, Any]:
     if message.role == "tool":
         return {"role": "tool", "tool_call_id": message.tool_call_id or "", "content": message.content}
     if not message.tool_requests:
@@ -339,7 +330,7 @@ def _wire_message(message: Message) -> dict[str, Any]:
     return {"role": "assistant", "content": message.content or None, "tool_calls": calls}
 
 
-def _usage_of(usage: _Usage | None) -> TokenUsage | None:
+def _usage_of(usage: _Usage | None) -> ports.TokenUsage | None:
     """The provider's count. Its prompt tokens include the cached ones; ours are told apart."""
     if usage is None or usage.prompt_tokens is None:
         return None
@@ -348,7 +339,7 @@ def _usage_of(usage: _Usage | None) -> TokenUsage | None:
     cached = min(int(details.cached_tokens or 0), prompt) if details else 0
     if min(prompt, output, cached) < 0:
         return None
-    return TokenUsage(prompt - cached, output, cache_read=cached)
+    return ports.TokenUsage(prompt - cached, output, cache_read=cached)
 
 
 def _error_parts(error: Any) -> tuple[str, str, int | None]:

@@ -6,11 +6,10 @@ frames follow https://smithy.io/2.0/aws/amazon-eventstream.html; boto3's decoder
 
 from __future__ import annotations
 
-import asyncio
 import re
 import struct
-from collections import Counter
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Any
 from urllib.parse import unquote
 from zlib import crc32
 
@@ -18,8 +17,8 @@ import boto3
 import orjson
 from aiohttp import web
 
-from tests.peers import CACHED_TOKENS, INPUT_TOKENS, OUTPUT_TOKENS, Scene, pieces_of, scene_of
-from tests.peers.fake_ollama import reset
+from tests.peers import CACHED_TOKENS, INPUT_TOKENS, OUTPUT_TOKENS, Scene, pieces_of
+from tests.peers.model_server import Handler, ModelServer, ended, torn, value_of, whole
 
 MODEL = "amazon.nova-lite-v1:0"
 PROFILE = "us.anthropic.claude-sonnet-4-20250514-v1:0"
@@ -100,37 +99,18 @@ def frame(name: str, payload: dict[str, Any], kind: str = "event") -> bytes:
     return message + struct.pack(">I", crc32(message))
 
 
-class FakeBedrock:
-    """The peer: what it received, and the events a test steers it with. `stop_reason` replaces every scene's own."""
+class FakeBedrock(ModelServer):
+    """The peer. `stop_reason` replaces every scene's own."""
 
     def __init__(self) -> None:
-        self.base_url = ""
-        self.resume = asyncio.Event()
-        self.idle = asyncio.Event()
-        self.idle.set()
-        self.requests: list[dict[str, Any]] = []
+        super().__init__()
         self.stop_reason: str | None = None
         self.exception_frame: str | None = None
-        self._attempts: Counter[str] = Counter()
-        self._busy = 0
-        self._runner: web.AppRunner | None = None
 
-    async def __aenter__(self) -> Self:
-        app = web.Application()
-        app.router.add_get("/foundation-models", self._models)
-        app.router.add_get("/inference-profiles", self._profiles)
-        app.router.add_post("/model/{model}/{operation}", self._model)
-        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        self.base_url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        assert self._runner is not None
-        self.resume.set()
-        await self._runner.cleanup()
+    def routes(self) -> Iterable[tuple[str, str, Handler]]:
+        yield "GET", "/foundation-models", self._models
+        yield "GET", "/inference-profiles", self._profiles
+        yield "POST", "/model/{model}/{operation}", self.counted(self._play)
 
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"modelSummaries": MODELS})
@@ -138,29 +118,15 @@ class FakeBedrock:
     async def _profiles(self, _: web.Request) -> web.Response:
         return web.json_response({"inferenceProfileSummaries": PROFILES})
 
-    async def _model(self, request: web.Request) -> web.StreamResponse:
-        self._busy += 1
-        self.idle.clear()
-        try:
-            return await self._play(request)
-        finally:
-            self._busy -= 1
-            if not self._busy:
-                self.idle.set()
-
     async def _play(self, request: web.Request) -> web.StreamResponse:
         body = await request.json() | {"modelId": unquote(request.match_info["model"])}
         self.requests.append(body)
         complaint = _complaint(body)
         scene = Scene(status=400, error=complaint) if complaint else self._scene(body["messages"])
-        await asyncio.sleep(scene.slow_s)
-        if scene.hang:
-            await asyncio.Event().wait()
-        if scene.status != 200:
-            headers = {"x-amzn-ErrorType": _ERROR_TYPES[scene.status]}
-            if scene.retry_after_s is not None:
-                headers["Retry-After"] = str(scene.retry_after_s)
-            return web.json_response({"message": scene.error}, status=scene.status, headers=headers)
+        headers = {"x-amzn-ErrorType": _ERROR_TYPES.get(scene.status, "")}
+        refused = await self.refused(scene, {"message": scene.error}, headers)
+        if refused is not None:
+            return refused
         if request.match_info["operation"] == "converse":
             return await self._whole(request, scene)
         return await self._stream(request, scene)
@@ -169,9 +135,8 @@ class FakeBedrock:
         blocks = [block for message in messages if message["role"] == "user" for block in message["content"]]
         last = max(at for at, block in enumerate(blocks) if "text" in block)
         text = blocks[last]["text"]
-        self._attempts[text] += 1
         results = ["".join(part["text"] for part in b["toolResult"]["content"]) for b in blocks[last + 1 :]]
-        return scene_of(text, results, self._attempts[text])
+        return self.scene(text, results)
 
     def _reason(self, scene: Scene) -> str:
         return self.stop_reason or _STOP_REASONS[scene.reason]
@@ -179,7 +144,7 @@ class FakeBedrock:
     async def _whole(self, request: web.Request, scene: Scene) -> web.StreamResponse:
         content: list[dict[str, Any]] = [{"text": scene.text}] if scene.text else []
         content += [
-            {"toolUse": {"toolUseId": f"use_{at}", "name": name, "input": _value(raw)}}
+            {"toolUse": {"toolUseId": f"use_{at}", "name": name, "input": value_of(raw)}}
             for at, (name, raw) in enumerate(scene.tools)
         ]
         answer = {
@@ -188,25 +153,14 @@ class FakeBedrock:
             "metrics": {"latencyMs": 1},
         } | ({"usage": _USAGE} if scene.usage else {})
         body = scene.body or orjson.dumps(answer)
-        if scene.cut == "truncate":
-            body = body[: len(body) // 2]
-        if scene.cut != "reset":
-            return web.Response(body=body, content_type="application/json")
-        response = web.StreamResponse(headers={"Content-Length": str(len(body))})
-        await response.prepare(request)
-        await response.write(body[:-10])
-        reset(request)
-        return response
+        return await whole(request, scene, body)
 
     async def _stream(self, request: web.Request, scene: Scene) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/vnd.amazon.eventstream"})
         await response.prepare(request)
         frames = [scene.body * 4] if scene.body else _frames(scene, self._reason(scene))
         for number, event in enumerate(frames):
-            # In two pieces, so that frames and characters arrive torn.
-            middle = len(event) * 2 // 3
-            await response.write(event[:middle])
-            await response.write(event[middle:])
+            await torn(response, event)
             if scene.pause and number == 1:
                 await self.resume.wait()
             if self.exception_frame and number == 2:
@@ -214,11 +168,7 @@ class FakeBedrock:
                 break
             if scene.cut and number == 2:
                 break
-        if scene.cut == "reset":
-            reset(request)
-        else:
-            await response.write_eof()
-        return response
+        return await ended(request, scene, response)
 
 
 _USAGE = {
@@ -270,11 +220,3 @@ def _complaint(body: dict[str, Any]) -> str | None:
     if [use["toolUseId"] for use in uses] != [result["toolUseId"] for result in results]:
         return "Expected toolResult blocks for the toolUse blocks of the previous turn."
     return None
-
-
-def _value(raw: str) -> object:
-    """Bedrock parses the arguments itself; a model's broken JSON comes as a string."""
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        return raw
