@@ -46,6 +46,7 @@ from tests.torture.worker import BONUS_EVERY, BONUS_NCR, VARIABLE
 STREAMS = 400
 OWNERS = 8
 SLOTS = ("torture-0", "torture-1", "torture-2")
+DWELL_S = 1.0
 START_S, STOP_S, STALL_S = 60.0, 20.0, 60.0
 """How long a worker may take to begin, a stopped one to end, and how long nothing may happen."""
 ROOT = Path(__file__).parents[2]
@@ -124,6 +125,12 @@ class Workers:
         key = f"{number.name.removeprefix('SIG')} {code}"
         exits[key] = exits.get(key, 0) + 1
 
+    def kill(self) -> None:
+        """End whoever still runs."""
+        for process in self.running.values():
+            if process.returncode is None:
+                process.kill()
+
     async def restart_crashed(self) -> None:
         for slot, process in list(self.running.items()):
             if process.returncode is not None:
@@ -171,16 +178,19 @@ async def torture(plan: Plan, dsn: str, servers: str, folder: Path) -> Outcome:
         "owners": [str(owner.tenant_id) for owner in owners],
     }
     workers = Workers(told, folder, outcome)
-    for slot in SLOTS:
-        await workers.start(slot)
-    feeding = asyncio.create_task(_feed(plan, chance, servers, names["topic"], tenants, streams))
-    async with open_pool(dsn, 2) as pool:
-        await _harm(plan, chance, workers, pool)
-        sent = await feeding
-        await _finished(plan.records, pool, workers)
-        for slot in list(workers.running):
-            await workers.end(slot, signal.SIGTERM)
-        result = await found(pool)
+    try:
+        for slot in SLOTS:
+            await workers.start(slot)
+        feeding = asyncio.create_task(_feed(plan, chance, servers, names["topic"], tenants, streams))
+        async with open_pool(dsn, 2) as pool:
+            await _harm(plan, chance, workers, pool)
+            sent = await feeding
+            await _finished(plan.records, pool, workers)
+            for slot in list(workers.running):
+                await workers.end(slot, signal.SIGTERM)
+            result = await found(pool)
+    finally:
+        workers.kill()
     bonuses = sum(count // BONUS_EVERY for count in sent.values()) * BONUS_NCR
     fresh = Bus(log, Records(MemoryKeyRing(), MemoryObjectStore()), rules())
     has_ncr = sum([(await account(fresh, owner)).available_ncr for owner in owners])
@@ -243,6 +253,7 @@ async def _harm(plan: Plan, chance: random.Random, workers: Workers, pool: Any) 
     for n, number in enumerate(ends, 1):
         await asyncio.sleep(max(0.0, began + n * plan.seconds / (len(ends) + 1) - time.monotonic()))
         slot = chance.choice(await _at_work(workers, pool))
+        await asyncio.sleep(chance.uniform(0.0, DWELL_S))
         at = time.monotonic()
         await workers.end(slot, number)
         await workers.start(slot)
@@ -255,11 +266,11 @@ async def _harm(plan: Plan, chance: random.Random, workers: Workers, pool: Any) 
 
 
 async def _at_work(workers: Workers, pool: Any) -> list[str]:
-    """Workers that have something to lose; any, when none begins."""
+    """Workers that have something to lose, once most of them have; any, when they do not begin."""
     until_s = time.monotonic() + START_S
     while time.monotonic() < until_s:
         await workers.restart_crashed()
-        if at_work := await workers.at_work(pool):
+        if len(at_work := await workers.at_work(pool)) > len(SLOTS) // 2:
             return at_work
         await asyncio.sleep(0.1)
     return list(SLOTS)
