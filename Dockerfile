@@ -24,7 +24,8 @@ LABEL org.opencontainers.image.title="Oshaani" \
       org.opencontainers.image.description="AI agents on an event log: event-sourced, CQRS, Kafka." \
       org.opencontainers.image.licenses="Apache-2.0"
 # All that is written goes to /var/lib/oshaani (a volume) and /tmp, so that the rest may be read-only.
-RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/lib/oshaani --shell /usr/sbin/nologin oshaani \
+RUN groupadd --gid 10001 oshaani \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/oshaani --shell /usr/sbin/nologin oshaani \
     && install --directory --owner=oshaani --group=oshaani --mode=0755 /var/lib/oshaani
 COPY --from=dependencies /opt/oshaani /opt/oshaani
 COPY --from=program /opt/app /opt/app
