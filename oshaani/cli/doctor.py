@@ -50,9 +50,9 @@ async def _examine() -> list[Finding]:
 
 async def _kafka(settings: Settings, is_running: bool) -> Sequence[Finding]:
     """What is to be said of Kafka, if there is any to speak of."""
-    from oshaani.cli import doctor_kafka
+    from oshaani.cli import doctor_kafka, topics
 
-    config = doctor_kafka.config_of(settings)
+    config = topics.known(settings)
     if config is None:
         return ()
     found = await looked_at("kafka", lambda: doctor_kafka.examine(config, settings, is_running))
@@ -64,12 +64,12 @@ async def _kafka(settings: Settings, is_running: bool) -> Sequence[Finding]:
 
 async def _database(settings: Settings, is_running: bool) -> list[Finding]:
     """What the database says; its absence is a finding too."""
-    from oshaani.cli import doctor_database, doctor_host, doctor_kafka
+    from oshaani.cli import doctor_database, doctor_host, topics
 
     try:
         async with AsyncExitStack() as stack:
             dsn = await stack.enter_async_context(open_database(settings))
-            is_embedded = doctor_kafka.config_of(settings) is None
+            is_embedded = topics.known(settings) is None
             key = doctor_host.readable_key(settings)
             return await doctor_database.examine(dsn, is_running, key, is_embedded=is_embedded)
     except Failed as missing:

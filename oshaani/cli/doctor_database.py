@@ -38,7 +38,7 @@ _OVERDUE = """
       FROM due WHERE due_at < clock_timestamp() - make_interval(secs => %s)
 """
 _WORKERS = """
-    SELECT worker, extract(epoch FROM clock_timestamp() - beat_at)::float8 FROM worker ORDER BY beat_at DESC LIMIT 5
+    SELECT worker, extract(epoch FROM clock_timestamp() - beat_at)::float8 FROM worker ORDER BY beat_at DESC LIMIT 50
 """
 
 _KEY_IDS = """

@@ -8,7 +8,6 @@ from typing import Any
 import psycopg
 
 from adapters.kafka.admin import group_lags, show
-from adapters.kafka.broker import running_servers
 from adapters.kafka.clients import KafkaConfig
 from adapters.kafka.faults import KafkaUnavailable
 from adapters.postgres.pool import READ_PLANS, connect, deadline
@@ -30,14 +29,6 @@ _RELAY_LAG = """
 """
 _PARKED = "SELECT processor, count(*) FROM parked_record GROUP BY processor ORDER BY processor"
 RELAY, PROJECTOR = "relay/", "projector"
-
-
-def config_of(settings: Settings) -> KafkaConfig | None:
-    """How to reach the brokers of these settings, or the one that `up --kafka` runs on the data folder."""
-    if settings.kafka_bootstrap_servers:
-        return KafkaConfig.of(settings)
-    servers = running_servers(settings.data_dir)
-    return KafkaConfig.at(servers) if servers else None
 
 
 async def examine(config: KafkaConfig, settings: Settings, is_running: bool) -> list[Finding]:

@@ -11,7 +11,7 @@ import typer
 
 from oshaani.cli import show
 from oshaani.cli.names import turn_id_of
-from oshaani.cli.session import open_core, run
+from oshaani.cli.session import open_core, quiet_settings, run
 from oshaani.cli.show import AsJson
 from oshaani.cli.trouble import Failed
 
@@ -44,12 +44,22 @@ def tail(  # noqa: PLR0913 - one argument for each option
     turn: Annotated[
         str | None, typer.Option(help="About this turn (req-… or its id), in any stream.")
     ] = None,
+    topic: Annotated[
+        str | None,
+        typer.Option(help="The records of this topic, instead of the log; see `oshaani topics show`."),
+    ] = None,
     personal: Personal = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document a line.")] = False,
 ) -> None:
-    """Print the latest events, oldest first."""
+    """Print the latest events, oldest first: of the log, or of a topic."""
     from oshaani.cli.log_search import Filter
 
+    if topic is not None:
+        if type or stream or tenant or turn or personal:
+            raise typer.BadParameter("--topic goes with --follow, --lines and --json only")
+        with suppress(KeyboardInterrupt):
+            run(_tail_topic(topic, lines, follow, as_json))
+        return
     wanted = Filter(type, stream, tenant, turn_id_of(turn) if turn else None)
     with suppress(KeyboardInterrupt):
         run(_tail(wanted, lines, follow, personal, as_json))
@@ -85,6 +95,17 @@ async def _tail(wanted: Filter, count: int, follow: bool, personal: bool, as_jso
         if follow:
             async for row in log_search.follow(core, wanted, heads):
                 await _print(core, [row], personal, as_json)
+
+
+async def _tail_topic(topic: str, count: int, follow: bool, as_json: bool) -> None:
+    from oshaani.cli import topic_tail
+    from oshaani.cli.topics import reached
+
+    async for view in topic_tail.records(reached(quiet_settings()), topic, count, follow):
+        if as_json:
+            show.json_line(view)
+        else:
+            topic_tail.print_line(view)
 
 
 async def _print(core: Core, rows: list[StoredEvent], personal: bool, as_json: bool) -> None:

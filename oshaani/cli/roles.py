@@ -10,11 +10,13 @@ from typing import Annotated
 
 import typer
 
+from domain.ids import SHARDS
 from oshaani.cli import logs, show
 from oshaani.cli.session import is_migrated, run
+from oshaani.cli.show import AsJson
 from oshaani.cli.trouble import Failed
 from oshaani.settings import Settings, read_settings
-from schemas.topics import PROCESSORS
+from schemas.topics import LOG, PROCESSORS
 
 app = typer.Typer()
 
@@ -30,11 +32,36 @@ def api() -> None:
 
 
 @app.command()
-def relay() -> None:
-    """Carry the log to Kafka; several share the shards."""
-    from oshaani import roles
+def relay(  # noqa: PLR0913 - one argument for each option
+    verify: Annotated[bool, typer.Option("--verify", help="Prove that a topic is the log, and end.")] = False,
+    resend: Annotated[
+        bool, typer.Option("--resend", help="Have the log sent to a topic again from --from, and end.")
+    ] = False,
+    topic: Annotated[str, typer.Option(help="The topic that is verified or sent to.")] = LOG.name,
+    shard: Annotated[int | None, typer.Option(min=0, max=SHARDS - 1, help="Only this shard.")] = None,
+    since: Annotated[
+        int | None, typer.Option("--from", min=1, help="From this position of each shard.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Carry the log to Kafka; several share the shards. Or look after what it has carried."""
+    if not verify and not resend:
+        if since is not None or shard is not None:
+            raise typer.BadParameter("--from and --shard go with --verify or --resend")
+        from oshaani import roles
 
-    run_role(roles.relay)
+        run_role(roles.relay)
+        return
+    from oshaani.cli import relaying
+
+    shards = range(SHARDS) if shard is None else (shard,)
+    if resend:
+        if since is None:
+            raise typer.BadParameter("--resend needs --from: the first position to send again")
+        relaying.resend(topic, dict.fromkeys(shards, since), as_json)
+    else:
+        positions = None if since is None else dict.fromkeys(shards, since - 1)
+        relaying.verify(topic, positions, as_json)
 
 
 @app.command()

@@ -55,21 +55,28 @@ def show_topics(as_json: AsJson = False) -> None:
 
 
 def reached(settings: Settings) -> KafkaConfig:
-    """How the cluster is reached: the configured one, or that of a program which runs on the data folder.
+    """How the cluster is reached; see `known`.
 
     Raises:
         Failed: there is none.
     """
+    config = known(settings)
+    if config is None:
+        raise Failed(
+            "there is no Kafka: set KAFKA_BOOTSTRAP_SERVERS, or start one on this machine with `oshaani up --kafka`"
+        )
+    return config
+
+
+def known(settings: Settings) -> KafkaConfig | None:
+    """The configured cluster, or that of a program which runs on the data folder; None without either."""
     from adapters.kafka.broker import running_servers
     from adapters.kafka.clients import KafkaConfig
 
     if settings.kafka_bootstrap_servers:
         return KafkaConfig.of(settings)
-    if (servers := running_servers(settings.data_dir)) is not None:
-        return KafkaConfig.at(servers)
-    raise Failed(
-        "there is no Kafka: set KAFKA_BOOTSTRAP_SERVERS, or start one on this machine with `oshaani up --kafka`"
-    )
+    servers = running_servers(settings.data_dir)
+    return None if servers is None else KafkaConfig.at(servers)
 
 
 def _print(states: Sequence[TopicState]) -> None:
