@@ -117,3 +117,73 @@ def test_the_tools_lock_holds_the_programs_lock_at_the_same_versions():
         for lock in ("requirements.lock", "requirements-dev.lock")
     )
     assert runtime - tools == set()
+
+
+# Who may open connections of which kind. Addresses that users choose are only ever reached through adapters/egress;
+# the others reach what the operator configured, or this machine.
+REACHING_OUT = {
+    "adapters/egress/client.py": {"aiohttp", "socket", "ssl"},
+    "adapters/egress/bodies.py": {"aiohttp"},
+    "adapters/chat_models/http.py": {"aiohttp"},
+    "adapters/chat_models/ollama.py": {"aiohttp"},
+    "adapters/chat_models/openai_wire.py": {"aiohttp"},
+    "adapters/chat_models/bedrock.py": {"urllib3"},
+}
+HTTP_CLIENTS = {"aiohttp", "httpx", "requests", "urllib3", "urllib.request", "http.client", "pycurl"}
+HTTP_OF_THE_SHELL = "oshaani/"  # talks to its own processes
+CODE_FROM_DATA = {"pickle", "marshal", "shelve", "dill"}
+RUNNING_PROGRAMS = {"subprocess", "pty"}
+PROGRAM_RUNNERS = ("adapters/postgres/", "adapters/kafka/", "oshaani/")
+
+
+def test_addresses_that_users_choose_are_reached_through_one_door():
+    strangers = {
+        (path, module)
+        for layer in LAYERS
+        for path, module in imported_modules(layer)
+        if any(module == client or module.startswith(f"{client}.") for client in HTTP_CLIENTS)
+        and module.split(".")[0] not in REACHING_OUT.get(path, set())
+        and not path.startswith(HTTP_OF_THE_SHELL)
+    }
+    assert strangers == set()
+
+
+def test_no_data_is_run_as_code_and_only_few_run_programs():
+    dangerous = {
+        (path, module)
+        for layer in LAYERS
+        for path, module in imported_modules(layer)
+        if module.split(".")[0] in CODE_FROM_DATA
+        or (module.split(".")[0] in RUNNING_PROGRAMS and not path.startswith(PROGRAM_RUNNERS))
+    }
+    assert dangerous == set()
+    called = {
+        (str(path.relative_to(ROOT)), node.func.id)
+        for layer in LAYERS
+        for path in (ROOT / layer).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if node.func.id in {"eval", "exec", "compile", "__import__"}
+    }
+    assert called == set()
+
+
+# A key is found by its id, before it is known whose it is.
+QUERIES_OF_ALL_TENANTS = {"find_key"}
+
+
+def test_every_query_of_a_read_model_is_told_whose_rows_it_may_see():
+    untold = [
+        f"{path.name}: {node.name}"
+        for path in sorted((ROOT / "projections").glob("*.py"))
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.AsyncFunctionDef) and _takes_the_read_side(node)
+        if not {"tenant_id", "user_id"} & {argument.arg for argument in node.args.args}
+        and node.name not in QUERIES_OF_ALL_TENANTS
+    ]
+    assert untold == []
+
+
+def _takes_the_read_side(function: ast.AsyncFunctionDef) -> bool:
+    first = function.args.args[0] if function.args.args else None
+    return first is not None and first.annotation is not None and ast.unparse(first.annotation) == "ReadSide"
