@@ -187,9 +187,8 @@ class FaustHost:
                 self._check(app)
         finally:
             starting.cancel()
-            if not self._draining:
-                await self.runner.pool.drain(0.0)
-                await _within(STOP_S, app.stop(), "the end of Faust")
+            await self.runner.pool.drain(0.0)
+            await _within(STOP_S, app.stop(), "the end of Faust")
 
     def _check(self, app: Any) -> None:
         """Faust may have crashed, or be a member of no group without having noticed."""
