@@ -31,6 +31,8 @@ OWN_THINGS = {
     "createUserKey",
     "logOut",
     "me",
+    "eraseMe",
+    "getWebhookSecret",
     "getBalance",
     "getLedger",
     "getLimits",
@@ -62,6 +64,7 @@ BODIES: dict[str, Any] = {
     "createCustomTool": TOOL | {"name": "another"},
     "replaceCustomTool": TOOL | {"name": ""},
     "changePlan": {"plan": "payg"},
+    "eraseMe": {"email": "somebody@example.com"},
     "cancelRequest": {"reason": "x"},
 }
 WITHOUT_BODY = {"deleteAgent", "publishAgent", "unpublishAgent", "trainAgent", "testAgent", "logOut"} | {
