@@ -445,6 +445,7 @@ class _Session:
     async def _follow(self) -> None:
         pause_s = POLL_FIRST_S
         while True:
+            was_told = self._relay._woken.is_set()
             self._relay._woken.clear()
             while self.waiting > IN_FLIGHT_MAX or self._waiting_bytes() > IN_FLIGHT_BYTES_MAX:
                 await self._ebb()
@@ -459,7 +460,9 @@ class _Session:
                     self._relay._say("")
             if more:
                 continue
-            pause_s = POLL_FIRST_S if found else min(pause_s * 2, POLL_MAX_S)
+            # Where hints arrive, looking again soon would only cost time.
+            first_s = POLL_MAX_S if was_told else POLL_FIRST_S
+            pause_s = first_s if found else min(pause_s * 2, POLL_MAX_S)
             await asyncio.sleep(READ_PAUSE_S)
             try:
                 async with asyncio.timeout(pause_s):

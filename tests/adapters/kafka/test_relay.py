@@ -22,7 +22,7 @@ from domain.crash_points import DISTRIBUTED_POINTS
 from domain.event_log import LogUnavailable
 from domain.leases import Mark
 from schemas.topics import Topic, partition_of
-from schemas.wire import unpack
+from schemas.wire import MESSAGE_BYTES_MAX, unpack
 from tests.adapters.kafka.relay_stage import (
     ANSWERED,
     ASKED,
@@ -36,6 +36,7 @@ from tests.adapters.kafka.relay_stage import (
     until,
 )
 from tests.peers.brokers import ADMIN_S, PrivateTopics
+from tests.peers.log_rows import tenant_on
 
 ROOT = Path(__file__).parents[3]
 
@@ -115,6 +116,23 @@ async def test_large_events_arrive(stage: Stage) -> None:
     async with stage.running():
         await stage.relayed()
     await stage.is_on_firehose()
+
+
+async def test_an_event_that_no_topic_takes_stops_its_shard_and_no_other(stage: Stage) -> None:
+    small, large = tenant_on(0), b'"' + b"x" * MESSAGE_BYTES_MAX + b'"'
+    await stage.happen(3, tenants=[small])
+    await stage.happen(1, large, tenants=[small])
+    await stage.happen(2, tenants=[small])
+    async with stage.running() as relay:
+        await stage.happen(50, tenants=[tenant_on(1), tenant_on(2)])
+
+        async def arrived() -> bool:
+            return len(await stage.records(stage.firehose)) == 53
+
+        await until(arrived, "everything else")
+        assert list(relay.stuck) == [0]
+        assert "event 4 of shard 0 has" in relay.stuck[0]
+        assert sum(relay.lag(await stage.log.heads()).values()) == 3
 
 
 async def test_what_was_committed_is_sent_at_once_when_the_relay_is_woken(stage: Stage) -> None:
