@@ -26,7 +26,7 @@ from tests.peers.brokers import topics as topics
 
 RUN_FOLDERS = "oshaani-tests-"
 # A test loses nothing when the machine loses power.
-SERVER_SETTINGS = {"fsync": "off", "max_connections": "120"}
+SERVER_SETTINGS = {"fsync": "off", "max_connections": "500"}
 _run_folder = pytest.StashKey[Path]()
 _server = pytest.StashKey[PostgresServer]()
 
