@@ -204,12 +204,7 @@ class Bus:
         shard = shard_of(tenant_id)
         owner, found = self._cache.get((shard, id.int), NOTHING)
         if found is None or found.version < version:
-            async with self._reading:
-                synced = await self._log.sync({}, [(shard, id)])
-                owner, found = await self._loaded(shard, id, synced)
-            # Only a view of the very head that the cache stands at may join it.
-            if self._heads.setdefault(shard, synced.heads[shard]) == synced.heads[shard]:
-                self._remember((shard, id.int), owner, found)
+            owner, found = (await self._load({(shard, id)}, self._log.sync))[id]
         if owner is None or owner.int != tenant_id.int or not isinstance(found, aggregate_class):
             raise NotFound(noun_of(aggregate_class))
         return found
@@ -391,28 +386,37 @@ class Bus:
 
     async def _load(
         self, wanted: set[tuple[int, UUID]], sync: Callable[[dict[int, int], Streams], Any]
-    ) -> None:
-        shards = {shard for shard, _ in wanted}
-        known = {shard: self._heads[shard] for shard in shards if shard in self._heads}
+    ) -> dict[UUID, Known]:
+        """Streams by id, as the log has them now; with them the cache goes on to where their shards are."""
         async with self._reading:
+            known = {shard: self._heads[shard] for shard, _ in wanted if shard in self._heads}
             synced: Synced = await sync(known, sorted(wanted))
-            for shard, head in synced.heads.items():
-                missed = head - self._heads.get(shard, head)
+            loaded = {id: await self._loaded(shard, id, synced) for shard, id in wanted}
+            # Where this process has committed meanwhile, the view is of the past.
+            current = {shard for shard in synced.heads if self._heads.get(shard) == known.get(shard)}
+            for shard in current:
+                head = synced.heads[shard]
                 arrived = sum(1 for row in synced.newer if row.shard == shard)
-                if missed != arrived:
+                if shard in known and head - known[shard] != arrived:
                     self._forget(shard)
                 self._heads[shard] = head
-            await self._follow(synced.newer)
-            for shard, stream_id in wanted:
-                self._remember((shard, stream_id.int), *await self._loaded(shard, stream_id, synced))
-            self._stale -= shards
+            await self._follow([row for row in synced.newer if row.shard in current])
+            for shard, id in wanted:
+                (owner, root), cached = loaded[id], self._cache.get((shard, id.int), NOTHING)[1]
+                is_older = cached is not None and (root is None or root.version < cached.version)
+                if shard in current and not is_older:
+                    self._remember((shard, id.int), owner, root)
+            self._stale -= current
+        return loaded
 
     async def _follow(self, newer: Sequence[StoredEvent]) -> None:
         """Bring cached aggregates up to date with what other processes wrote."""
         followed = [row for row in newer if (row.shard, row.stream_id.int) in self._cache]
         for record in await self._records.open(followed):
             place = record.shard, record.stream_id.int
-            root = self._cache[place][1]
+            owner, root = self._cache.get(place, NOTHING)
+            if root is not None and root.version >= record.stream_version:
+                continue  # written by this process, and taken in when it was committed
             root = root.fork() if root is not None else None
             self._cache[place] = record.tenant_id, record.event.mutate(root)
 

@@ -77,7 +77,7 @@ class CountingLog:
     def __init__(self, log: EventLog) -> None:
         self._log = log
         self.batches: list[Batch] = []
-        self.locks = 0
+        self.locks = self.syncs = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._log, name)
@@ -85,6 +85,10 @@ class CountingLog:
     async def append(self, batch: Batch) -> Any:
         self.batches.append(batch)
         return await self._log.append(batch)
+
+    async def sync(self, *arguments: Any) -> Any:
+        self.syncs += 1
+        return await self._log.sync(*arguments)
 
     def locked(self, shards: Sequence[int]) -> Any:
         self.locks += 1
@@ -605,6 +609,21 @@ async def test_a_reader_that_knows_of_a_version_never_gets_an_older_one(
         assert (await other.read(CreditAccount, id, owner.tenant_id, version)).version == version
     await other.execute(owner.message(), by=BY)
     assert (await account(other, owner)).held_ncr == 4 * TURN_NCR
+
+
+async def test_who_has_read_what_another_process_wrote_need_not_look_again_to_decide_on_it(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    counting = CountingLog(log)
+    there = Bus(counting, records, bus.rules)
+    log_in = LogIn(tenant_id=owner.tenant_id)
+    await there.execute(log_in, by=BY)
+    await bus.execute(owner.message(), by=BY)
+    seen = await account(bus, owner)
+    await there.read(CreditAccount, seen.id, owner.tenant_id, seen.version)
+    synced, appended = counting.syncs, len(counting.batches)
+    await there.execute(log_in, by=BY)
+    assert (counting.syncs, len(counting.batches)) == (synced, appended + 1)
 
 
 async def test_what_somebody_else_has_begun_since_is_found(
