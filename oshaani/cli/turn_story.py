@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from domain.callback import Callback
@@ -292,7 +293,10 @@ def _gave_up(story: Teller, event: Turn.Failed | Turn.TimedOut | Turn.Cancelled,
 
 @_tells(Callback.Requested)
 def _callback_requested(story: Teller, event: Callback.Requested, record: AnyRecord) -> Told:
-    return f"the end is to be told to {story.excerpt(event.url)}", None
+    # Paths and queries carry tokens.
+    whole = story.personal or event.url is None
+    where = story.excerpt(event.url) if whole else urlsplit(event.url or "").netloc
+    return f"the end is to be told to {where}", None
 
 
 @_tells(Callback.AttemptStarted)

@@ -7,8 +7,9 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+from domain.callback import Callback
 from domain.credit_account import ChargeLine, CreditAccount, Origin
-from domain.ids import UserId, hold_of
+from domain.ids import AgentId, UserId, hold_of
 from domain.money import ncr
 from domain.plans import UNLIMITED
 from domain.ports import Effect, ModelErrorClass
@@ -98,6 +99,26 @@ def test_a_late_charge_says_what_could_not_be_collected() -> None:
     assert (story.money.end, story.money.uncollected_ncr) == ("charged late", ncr("20"))
     assert "charged after its hold had expired; 20.00 credits could not be collected" in story.notes
     assert "its hold expired before it was settled" in story.notes
+
+
+def test_the_callback_shows_each_attempt_and_no_token() -> None:
+    url = "https://example.com/done?token=hidden"
+    callback = Callback.request(TURN, UserId(UUID(int=3)), AgentId(UUID(int=5)), url, "agent_key:k", NOON)
+    callback.queue(NOON)
+    for attempt, status in ((1, 503), (2, 410)):
+        callback.start(turns.WORKER, "", DEADLINE, NOON + attempt * SECOND)
+        callback.fail(attempt, f"http_{status}", status, 7, 0.0, NOON)
+    story = told(turns.asked()).tell(records_of(callback))
+    texts = [step.text for step in story.steps if step.type.startswith("Callback.")]
+    assert texts == [
+        "the end is to be told to example.com",
+        f"callback attempt 1 by {turns.WORKER}",
+        "callback attempt 1 failed (http_503) after 7 ms; again at 2026-03-01 12:00:00Z",
+        f"callback attempt 2 by {turns.WORKER}",
+        "callback attempt 2 failed (http_410) after 7 ms",
+        "callback given up after 2 attempts (http_410)",
+    ]
+    assert story.notes[-1] == "its caller was never told of the end: http_410"
 
 
 def test_money_of_other_turns_is_passed_over() -> None:
