@@ -159,10 +159,12 @@ class Bus:
         correlation_id: UUID | None = None,
         caused_by: AnyRecord | None = None,
         traceparent: str | None = None,
+        patience_s: float = 0.0,
     ) -> Outcome:
         """Decide a command and write what follows from it; returns when that is durable.
 
         `command_id` makes a resent command harmless: it is served once and answered with what it gave then.
+        `patience_s`: how long it may wait for a command of somebody else that it can be written together with.
 
         Raises:
             Refusal: a rule says no; also recorded.
@@ -188,8 +190,10 @@ class Bus:
         )
         self._by_id[id.int] = waiting
         self._queue.append(waiting)
-        if self._serving is None or self._serving.done():
-            self._serving = asyncio.create_task(self._serve_queue())
+        if patience_s > 0:
+            asyncio.get_running_loop().call_later(patience_s, self._begin)
+        else:
+            self._begin()
         return await waiting.served()
 
     async def read(
@@ -216,7 +220,8 @@ class Bus:
                 self._stale.add(shard)
 
     async def drain(self) -> None:
-        """Wait until nothing is being served."""
+        """Wait until nothing is being served, nor waits for company."""
+        self._begin()
         if self._serving is not None:
             await asyncio.shield(self._serving)
 
@@ -226,6 +231,10 @@ class Bus:
         return len(self._queue)
 
     # --- the queue
+
+    def _begin(self) -> None:
+        if self._queue and (self._serving is None or self._serving.done()):
+            self._serving = asyncio.create_task(self._serve_queue())
 
     async def _join(self, already: Waiting, digest: bytes) -> Outcome:
         if already.digest != digest:

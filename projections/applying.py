@@ -11,7 +11,7 @@ from projections import tables
 from projections.checkpoints import Connection, Parked, Progress, parked_at
 from projections.fold import Fold, RowExists, edited
 from projections.projection import Change, Forget
-from schemas.records import AnyRecord, Unreadable
+from schemas.records import AnyRecord, Record, Unreadable
 
 log_of = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _changes(work: Progress, records: Sequence[Readable]) -> tuple[list[list[Cha
     for record in records:
         # Most records are of types that the projection does not handle, and no stream waits: decided without a call.
         concerned = record.type in handled and record.position > positions[record.shard]
-        if not concerned and not (isinstance(record, Unreadable) and work.concerns(record)):
+        if not concerned and (type(record) is Record or not work.concerns(record)):
             continue
         if waiting and record.stream_id in waiting:
             continue

@@ -14,6 +14,8 @@ from domain.turn import Turn
 from schemas.records import AnyRecord
 from stream_processors.processor import Processor, Work
 
+PATIENCE_S = 0.01  # nobody waits for a charge: with whatever comes next it needs no append of its own
+
 credit_debits = Processor("credit_debits")
 
 
@@ -31,5 +33,6 @@ async def charge_turn(record: AnyRecord, work: Work) -> None:
         by=work.actor,
         command_id=derived(ended.hold_id, "settle"),
         caused_by=record,
+        patience_s=PATIENCE_S,
     )
     crash_point("debit.after")

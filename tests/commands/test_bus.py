@@ -347,6 +347,26 @@ async def test_waiting_commands_are_written_together(log: EventLog, records: Rec
     assert {shard_of(owner.tenant_id) for owner in owners} == set(counting.batches[-1].heads)
 
 
+async def test_a_patient_command_is_written_with_whatever_comes_next(log: EventLog, records: Records) -> None:
+    counting = CountingLog(log)
+    bus = Bus(counting, records, rules())
+    owner = await signed_up(bus)
+    counting.batches.clear()
+    patient = asyncio.create_task(bus.execute(owner.message(), by=BY, patience_s=PATIENCE_S))
+    await asyncio.sleep(0)
+    await together(bus.execute(owner.message(), by=BY), patient)
+    assert [len(batch.commands) for batch in counting.batches] == [2]
+
+
+async def test_a_patient_command_is_written_also_when_nobody_comes(bus: Bus, owner: Owner) -> None:
+    by_itself = await asyncio.wait_for(bus.execute(owner.message(), by=BY, patience_s=0.01), PATIENCE_S)
+    drained = asyncio.create_task(bus.execute(owner.message(), by=BY, patience_s=PATIENCE_S))
+    await asyncio.sleep(0)
+    await bus.drain()
+    assert not by_itself.seen
+    assert drained.done()
+
+
 async def test_who_was_overtaken_decides_again_on_what_is_new(log: EventLog, records: Records) -> None:
     counting = CountingLog(log)
     bus, other = Bus(counting, records, rules()), Bus(log, records, rules())

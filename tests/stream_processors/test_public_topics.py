@@ -96,6 +96,7 @@ async def told_a_story(staged: Staged) -> Stage:
     )
     for content in (CANARIES["question"], CANARIES["question"]):
         await stage.ask(content, name=CANARIES["thread"], beginning="named")
+    await stage.idle()
     return stage
 
 

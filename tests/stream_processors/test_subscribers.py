@@ -128,6 +128,7 @@ async def test_the_example_counts_each_credit_once_though_it_is_killed_and_every
     topics.create(*PUBLIC.values(), AGENT_STATE, CREDIT_BALANCE)
     stage = await staged(ScriptedModels()).begin()
     await asyncio.gather(*(stage.ask(f"question {n}") for n in range(20)))
+    await stage.idle()
     await publish(stage, broker, topics, times=3)
     file = tmp_path / "totals.sqlite"
     command = [
@@ -170,6 +171,7 @@ async def test_under_faust_each_key_is_published_in_the_order_of_the_log_though_
     names = Names(work_records.name, group, dead_letters(work_records.name, group).name)
     stage = await staged(ScriptedModels()).begin()
     await asyncio.gather(*(stage.talk("one", "two", "three") for _ in range(5)))
+    await stage.idle()
     await stage.idle()
     rows = await stage.log.read_after(dict.fromkeys(await stage.log.heads(), 0), 100_000)
     async with open_producer(KafkaConfig.at(broker), "carrier") as producer:
