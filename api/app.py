@@ -82,7 +82,7 @@ def create_app(server: Server) -> FastAPI:
     app.openapi = lambda: document_of(app, server.base_url)  # type: ignore[method-assign]
     app.add_exception_handler(RequestValidationError, _not_valid)
     app.add_exception_handler(HTTPException, _no_route)
-    app.add_middleware(Edge, shared=shared)
+    app.add_middleware(Edge, shared=shared, routes=app.router.routes)
     return app
 
 

@@ -62,7 +62,8 @@ class StrictRoute(APIRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
-        if list(signature(endpoint).parameters) == ["request"]:
+        self.is_plain = list(signature(endpoint).parameters) == ["request"]
+        if self.is_plain:
             self.app = _plain(endpoint)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

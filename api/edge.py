@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import versions
-from api.bodies import check_text
+from api.bodies import StrictRoute, check_text
 from api.call import Call, Shared
 from api.errors import Problem, problem_of
 
@@ -28,8 +30,15 @@ _ALWAYS = (
 class Edge:
     """Pure ASGI, because it is on the path of every chat."""
 
-    def __init__(self, app: ASGIApp, shared: Shared) -> None:
+    def __init__(self, app: ASGIApp, shared: Shared, routes: Sequence[BaseRoute]) -> None:
         self._app, self._shared = app, shared
+        # What the framework puts around these does nothing for them: they are found and called without it.
+        self._plain = {
+            (method, route.path): route
+            for route in routes
+            if isinstance(route, StrictRoute) and route.is_plain and not route.param_convertors
+            for method in route.methods or ()
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,16 +73,21 @@ class Edge:
 
         try:
             version = _checked(scope, call)
-            await self._app(scope, receive, send_with_headers)
+            route = self._plain.get((scope["method"], scope["path"]))
+            if route is None:
+                await self._app(scope, receive, send_with_headers)
+            else:
+                scope["route"] = route
+                await route.app(scope, receive, send_with_headers)
         except Exception as failure:
             if status:
                 # Too late for another answer; the server cuts the connection.
                 raise
             await self._answer(failure, call, Request(scope, receive))(scope, receive, send_with_headers)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            template = getattr(scope.get("route"), "path", "other")
             method = call.method if call.method in METHODS else "other"
-            self._shared.metrics.count(route, method, status or 499, time.perf_counter() - began_at)
+            self._shared.metrics.count(template, method, status or 499, time.perf_counter() - began_at)
         return None
 
     def _answer(self, failure: Exception, call: Call, request: Request) -> Any:
