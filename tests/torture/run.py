@@ -153,6 +153,10 @@ class Plan:
     terms: int
     seed: int
 
+    def released(self, ends: int) -> int:
+        """How many records there may be after so many ends, so that there is something to do until the last."""
+        return self.records * (ends + 1) // (self.kills + self.terms + 1)
+
 
 async def torture(plan: Plan, dsn: str, servers: str, folder: Path) -> Outcome:
     """Do it. `dsn` is of an empty database; the broker gets topics of a new name."""
@@ -181,7 +185,7 @@ async def torture(plan: Plan, dsn: str, servers: str, folder: Path) -> Outcome:
     try:
         for slot in SLOTS:
             await workers.start(slot)
-        feeding = asyncio.create_task(_feed(plan, chance, servers, names["topic"], tenants, streams))
+        feeding = asyncio.create_task(_feed(plan, chance, outcome, servers, names["topic"], tenants, streams))
         async with open_pool(dsn, 2) as pool:
             await _harm(plan, chance, workers, pool)
             sent = await feeding
@@ -206,9 +210,15 @@ async def torture(plan: Plan, dsn: str, servers: str, folder: Path) -> Outcome:
 
 
 async def _feed(
-    plan: Plan, chance: random.Random, servers: str, topic: str, tenants: list[UUID], streams: list[UUID]
+    plan: Plan,
+    chance: random.Random,
+    outcome: Outcome,
+    servers: str,
+    topic: str,
+    tenants: list[UUID],
+    streams: list[UUID],
 ) -> Counter[int]:
-    """Write the records at an even pace; how many of each stream."""
+    """Write the records at the pace of the time and of the ends; how many of each stream."""
     sent: Counter[int] = Counter()
     positions: Counter[int] = Counter()
     began = time.monotonic()
@@ -238,6 +248,8 @@ async def _feed(
             )
             partition = partition_of(shard, PRIVATE_PARTITIONS)
             await producer.send(topic, wire.pack(row), row.stream_id.bytes, partition)
+            while n >= plan.released(outcome.kills + outcome.terms):  # noqa: ASYNC110 - a few times a second
+                await asyncio.sleep(0.05)
             ahead_s = n / plan.records * plan.seconds - (time.monotonic() - began)
             if ahead_s > 0.01:
                 await asyncio.sleep(ahead_s)
