@@ -8,7 +8,7 @@ import pytest
 
 from tests.torture.run import Plan, torture
 
-PLAN = Plan(records=8_000, seconds=24.0, kills=6, terms=6, seed=7)
+PLAN = Plan(records=5_000, seconds=12.0, kills=3, terms=3, seed=7)
 
 
 @pytest.mark.timeout(240)
