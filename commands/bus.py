@@ -145,6 +145,8 @@ class Bus:
         self._serving: asyncio.Task[None] | None = None
         self._saving: set[asyncio.Task[None]] = set()
         self._reading = asyncio.Lock()
+        self._lookups: list[tuple[int, UUID, asyncio.Future[dict[UUID, Known]]]] = []
+        self._looking: asyncio.Task[None] | None = None
         self._heads: dict[int, int] = {}
         self._stale: set[int] = set()  # shards that others have appended to since their heads were read
         self._cache: OrderedDict[Place, Known] = OrderedDict()
@@ -208,7 +210,7 @@ class Bus:
         shard = shard_of(tenant_id)
         owner, found = self._cache.get((shard, id.int), NOTHING)
         if found is None or found.version < version:
-            owner, found = (await self._load({(shard, id)}, self._log.sync))[id]
+            owner, found = await self._looked_up(shard, id)
         if owner is None or owner.int != tenant_id.int or not isinstance(found, aggregate_class):
             raise NotFound(noun_of(aggregate_class))
         return found
@@ -393,6 +395,29 @@ class Bus:
             overlay[shard, number] = tenant_id, root
         return Decided(waiting, write, result, None)
 
+    async def _looked_up(self, shard: int, id: UUID) -> Known:
+        """A stream as the log has it now or later; those that are asked for while the log is looked at wait together."""
+        future: asyncio.Future[dict[UUID, Known]] = asyncio.get_running_loop().create_future()
+        self._lookups.append((shard, id, future))
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look_up_all())
+        return (await future)[id]
+
+    async def _look_up_all(self) -> None:
+        while self._lookups:
+            lookups, self._lookups = self._lookups[:GROUP_MAX], self._lookups[GROUP_MAX:]
+            try:
+                loaded = await self._load({(shard, id) for shard, id, _ in lookups}, self._log.sync)
+            except Exception as failure:
+                for _, _, future in lookups:
+                    if not future.done():
+                        future.set_exception(failure)
+                        future.exception()
+            else:
+                for _, _, future in lookups:
+                    if not future.done():
+                        future.set_result(loaded)
+
     async def _load(
         self, wanted: set[tuple[int, UUID]], sync: Callable[[dict[int, int], Streams], Any]
     ) -> dict[UUID, Known]:
@@ -423,7 +448,7 @@ class Bus:
         followed = [row for row in newer if (row.shard, row.stream_id.int) in self._cache]
         for record in await self._records.open(followed):
             place = record.shard, record.stream_id.int
-            owner, root = self._cache.get(place, NOTHING)
+            root = self._cache.get(place, NOTHING)[1]
             if root is not None and root.version >= record.stream_version:
                 continue  # written by this process, and taken in when it was committed
             root = root.fork() if root is not None else None
