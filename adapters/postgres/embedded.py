@@ -78,9 +78,7 @@ class PostgresDidNotStart(EmbeddedPostgresFault):
 
 
 @asynccontextmanager
-async def embedded_postgres(
-    data_dir: Path, settings: Mapping[str, str] | None = None
-) -> AsyncIterator[str]:
+async def embedded_postgres(data_dir: Path, settings: Mapping[str, str] | None = None) -> AsyncIterator[str]:
     """Run the embedded Postgres while the block runs, and give its connection URL.
 
     The folder is held against other processes. What an earlier life of the program left running is stopped

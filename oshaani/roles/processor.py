@@ -44,8 +44,14 @@ PUBLISHING = (public_topics.name, usage_analytics.name)
 SWEEPING = ("agent_turns", "tool_calls", "notifications")  # those that take up due work
 
 
+# Faust tells of each of its parts that begins and ends under the name of the module that derives from it.
+TALKATIVE = ("stream_processors.faust_app", "adapters.kafka.faust_consumer")
+
+
 async def processor(settings: Settings, dsn: str, announce: Announce, name: str) -> None:
     """Runs one of the stream processors; all processes of it share its records."""
+    for module in TALKATIVE:
+        logging.getLogger(module).setLevel(logging.WARNING)
     ending, life = Ending(), Life.of(settings, name)
     config = KafkaConfig.of(settings)
     async with AsyncExitStack() as stack:
