@@ -13,7 +13,6 @@ from typing import Any
 from schemas.topics import USAGE_TABLE
 from stream_processors.faust_app import FaustHost, Kafka, Names
 from stream_processors.processor import Processor
-from stream_processors.processor import Processor
 from stream_processors.runner import Supplies
 from stream_processors.slot import Slot
 

@@ -40,7 +40,7 @@ from domain.ids import shard_of
 Connection = psycopg.AsyncConnection[Any]
 
 CALL_S = 4.0  # what one call of the log may take before its connection is cut
-FREE_S = 1.5  # what is waited for a connection; without a database there is none, and whoever asks is told soon
+FREE_S = 1.5  # for a connection; without a database there is none, and whoever asks is told soon
 READERS = 3
 # The types of heads; the server knows those of the rows from the function.
 _APPEND_TYPES = (SmallintArray.type_oid, BigintArray.type_oid, BigintArray.type_oid, 0, 0, 0)
