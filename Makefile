@@ -35,9 +35,12 @@ check: ## The part of `make test` that runs no test
 SECONDS_EACH := $(or $(SECONDS),4)
 N ?= 3000
 
-bench: ## Measure turns, appends and rebuilds beside their floors (N= turns, SECONDS= per append round)
+bench: ## Measure turns, in both layouts, relay, appends and rebuilds beside their floors (N= turns, SECONDS= per append round)
 	@$(INSTALL) requirements-dev.lock
 	$(PYTHON_BIN) -m benchmarks.turns --turns $(N)
+	$(PYTHON_BIN) -m benchmarks.turns --turns $(N) --kafka
+	$(PYTHON_BIN) -m benchmarks.kills
+	$(PYTHON_BIN) -m benchmarks.relay
 	$(PYTHON_BIN) -m benchmarks.append --seconds $(SECONDS_EACH)
 	$(PYTHON_BIN) -m benchmarks.rebuild
 

@@ -38,6 +38,7 @@ class Result:
     p50_ms: float
     p95_ms: float
     p99_ms: float
+    max_ms: float
     statuses: dict[str, int]
     client_cpu_s: float
 
@@ -96,7 +97,8 @@ async def run(job: Job) -> Result:
     seconds = time.perf_counter() - began
     latencies.sort()
     p50, p95, p99 = (round(latencies[int(q * (len(latencies) - 1))], 2) for q in (0.5, 0.95, 0.99))
-    return Result(round(len(latencies) / seconds, 1), p50, p95, p99, statuses, round(time.process_time(), 2))
+    longest, cpu_s = round(latencies[-1], 2), round(time.process_time(), 2)
+    return Result(round(len(latencies) / seconds, 1), p50, p95, p99, longest, statuses, cpu_s)
 
 
 def run_apart(job: Job) -> Result:

@@ -14,8 +14,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,24 +131,29 @@ def settled(database: str) -> None:
     raise TimeoutError(f"the product is still busy a minute after the load: due, held, behind = {row}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=3000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kafka", action="store_true", help="the distributed layout")
-    options = parser.parse_args()
-    found: dict[str, list[Figures]] = {}
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A running product with a model that answers at once, and owners with keys."""
+
+    process: psutil.Process
+    port: int
+    model: str
+    heads: tuple[str, ...]
+    database: str
+    folder: Path
+
+
+@contextmanager
+def product(kafka: bool) -> Iterator[Product]:
+    """The product while the block runs, in one process or around Kafka."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oshaani-bench-")))
         folder.chmod(0o755)
-        model_port, floor_port, port = free_port(), free_port(), free_port()
+        model_port, port = free_port(), free_port()
         model = f"http://127.0.0.1:{model_port}/v1"
         arguments = ["-m", "tests.peers.fake_openai", "--port", str(model_port)]
         stack.enter_context(program(arguments, {}, folder / "model.log"))
         wait_for_port(model_port)
-        floor = stack.enter_context(
-            program(["-m", "benchmarks.floor", str(floor_port), model], {}, folder / "floor.log")
-        )
         environment = {
             "OSHAANI_PORT": str(port),
             "OSHAANI_DATA_DIR": str(folder / "data"),
@@ -158,31 +163,46 @@ def main() -> None:
             "OSHAANI_PLAN_LIMITS": UNLIMITED,
             "OSHAANI_LOG_LEVEL": "warning",
         }
-        arguments = ["-m", "oshaani", "up", *(["--kafka"] if options.kafka else [])]
-        product = stack.enter_context(program(arguments, environment, folder / "up.log"))
+        arguments = ["-m", "oshaani", "up", *(["--kafka"] if kafka else [])]
+        process = stack.enter_context(program(arguments, environment, folder / "up.log"))
         base = f"http://127.0.0.1:{port}"
-        wait_for_port(floor_port)
         wait_until_ready(base)
         database = running_dsn(folder / "data")
         assert database is not None, "the product runs its own Postgres"
         heads = tuple(
             f"POST /api/v1/chat HTTP/1.1\r\nAuthorization: ApiKey {key}" for key in owners(base, OWNERS)
         )
+        yield Product(process, port, model, heads, database, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=3000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kafka", action="store_true", help="the distributed layout")
+    options = parser.parse_args()
+    found: dict[str, list[Figures]] = {}
+    with product(options.kafka) as ours, ExitStack() as stack:
+        floor_port, port, heads = free_port(), ours.port, ours.heads
+        floor = stack.enter_context(
+            program(["-m", "benchmarks.floor", str(floor_port), ours.model], {}, ours.folder / "floor.log")
+        )
+        wait_for_port(floor_port)
         floor_heads = ("POST /api/v1/chat HTTP/1.1",)
-        start_mb = rss_of_ours_mb(product)
+        start_mb = rss_of_ours_mb(ours.process)
         runs = (
             ("floor c=1", floor_port, floor_heads, options.turns // 5, 1, floor),
-            ("turn c=1", port, heads, options.turns // 5, 1, product),
+            ("turn c=1", port, heads, options.turns // 5, 1, ours.process),
             ("floor c=32", floor_port, floor_heads, options.turns, 32, floor),
-            ("turn c=32, 50 owners", port, heads, options.turns, 32, product),
-            ("turn c=32, one owner", port, heads[:1], options.turns, 32, product),
+            ("turn c=32, 50 owners", port, heads, options.turns, 32, ours.process),
+            ("turn c=32, one owner", port, heads[:1], options.turns, 32, ours.process),
         )
         for run_port, run_heads in ((floor_port, floor_heads), (port, heads)):
             run_apart(Job("127.0.0.1", run_port, run_heads, BODY, 300, 8))
-        settled(database)
+        settled(ours.database)
         for _ in range(options.rounds):
             for name, run_port, run_heads, count, clients, process in runs:
-                wait = (lambda: None) if process is floor else (lambda: settled(database))
+                wait = (lambda: None) if process is floor else (lambda: settled(ours.database))
                 figures = measure(run_port, run_heads, count, clients, process, wait)
                 print(f"{name:24} {json.dumps(asdict(figures))}", flush=True)  # noqa: T201
                 found.setdefault(name, []).append(figures)
@@ -193,7 +213,7 @@ def main() -> None:
             }
             for name, figures in found.items()
         }
-        memory = {"start_mb": round(start_mb), "after_mb": round(rss_of_ours_mb(product))}
+        memory = {"start_mb": round(start_mb), "after_mb": round(rss_of_ours_mb(ours.process))}
         print(json.dumps({"medians": summary, "memory": memory, "load": machine_load()}, indent=2))  # noqa: T201
 
 

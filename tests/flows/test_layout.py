@@ -14,10 +14,21 @@ import pytest
 
 from adapters.kafka.broker import KafkaServer
 from domain.crash_points import DISTRIBUTED_POINTS, POINTS
-from schemas.topics import PROCESSORS
+from schemas.topics import LOG, PROCESSORS, work_topic
 from tests.flows.people import Person
 from tests.flows.test_crash_points import FOUND, check_settled, turns_begun
-from tests.flows.world import MESSAGE, TOOL, Asked, Layout, balance, layout, turn_of, until
+from tests.flows.world import (
+    MESSAGE,
+    TOOL,
+    Asked,
+    Layout,
+    balance,
+    command,
+    layout,
+    topic_is_the_log,
+    turn_of,
+    until,
+)
 from tests.peers.databases import new_database
 
 RECOVERY_S = 15.0
@@ -119,3 +130,11 @@ def test_a_killed_turns_worker_is_replaced_before_anybody_notices(laid_out: Layo
         turn_ids = [answer.result() for answer in answers]
     assert [laid_out.ends(turn_id) for turn_id in turn_ids] == [["Turn.Completed"]] * len(asked)
     assert max(longest_s) <= RECOVERY_S
+
+
+def test_after_all_that_the_topics_are_the_log_and_everything_adds_up(laid_out: Layout) -> None:
+    quiet(laid_out)
+    for topic in (LOG.name, *(work_topic(name).name for name in PROCESSORS)):
+        until(lambda name=topic: topic_is_the_log(laid_out, name), f"{topic} to be the log", RECOVERY_S)  # type: ignore[misc]
+    proof = command(laid_out, "audit", "verify")
+    assert proof.returncode == 0, proof.stdout

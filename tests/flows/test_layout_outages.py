@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,10 +20,21 @@ import pytest
 from adapters.kafka.broker import KafkaServer
 from adapters.postgres.embedded import PostgresServer
 from schemas.topics import LOG, PROCESSORS, work_topic
-from tests.flows.real_server import MASTER_KEY, ROOT, RealServer, free_ports
+from tests.flows.real_server import RealServer, free_ports
 from tests.flows.test_crash_points import check_settled
 from tests.flows.test_layout import quiet
-from tests.flows.world import MESSAGE, Asked, Layout, balance, layout, turn_of, until
+from tests.flows.world import (
+    MESSAGE,
+    Asked,
+    Layout,
+    balance,
+    command,
+    environment_of,
+    layout,
+    topic_is_the_log,
+    turn_of,
+    until,
+)
 from tests.peers.databases import new_database
 
 AWAY_S = 12.0
@@ -50,37 +60,6 @@ def laid_out(
         layout(url, folder, broker_of_ours.bootstrap_servers) as built,
     ):
         yield built
-
-
-def command(world: Layout, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`oshaani …` beside the running layout."""
-    return subprocess.run(
-        [sys.executable, "-m", "oshaani", *arguments],
-        cwd=world.folder,
-        env=environment_of(world),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def environment_of(world: Layout, **more: str) -> dict[str, str]:
-    return {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("OSHAANI", "OPENAI"))},
-        "DATABASE_URL": world.database_url,
-        "KAFKA_BOOTSTRAP_SERVERS": world.broker,
-        "OSHAANI_DATA_DIR": str(world.folder / "data"),
-        "OSHAANI_MASTER_KEY": MASTER_KEY,
-        "OPENAI_BASE_URL": f"{world.model.base_url}/v1",
-        "OPENAI_API_KEY": "peer",
-        "PYTHONPATH": str(ROOT),
-        **more,
-    }
-
-
-def topic_is_the_log(world: Layout, topic: str = LOG.name) -> bool:
-    return command(world, "relay", "--verify", "--topic", topic).returncode == 0
 
 
 def test_turns_go_on_while_the_broker_is_away_and_everything_arrives_when_it_is_back(

@@ -23,8 +23,9 @@ from uuid import UUID, uuid4
 import psycopg
 
 from domain.ids import hold_of
+from schemas.topics import LOG
 from tests.flows.people import Person
-from tests.flows.real_server import ROOT, Answer, RealServer, free_ports, real_server
+from tests.flows.real_server import MASTER_KEY, ROOT, Answer, RealServer, free_ports, real_server
 
 LAYOUT = str(ROOT / "tests" / "programs" / "crashing_layout.py")
 CRASHING = str(ROOT / "tests" / "programs" / "crashing_server.py")
@@ -282,6 +283,37 @@ def world(database_url: str, folder: Path, **settings: str) -> Iterator[World]:
             yield built
         finally:
             built.stop()
+
+
+def command(world: Layout, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`oshaani …` beside the running layout."""
+    return subprocess.run(
+        [sys.executable, "-m", "oshaani", *arguments],
+        cwd=world.folder,
+        env=environment_of(world),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def environment_of(world: Layout, **more: str) -> dict[str, str]:
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("OSHAANI", "OPENAI"))},
+        "DATABASE_URL": world.database_url,
+        "KAFKA_BOOTSTRAP_SERVERS": world.broker,
+        "OSHAANI_DATA_DIR": str(world.folder / "data"),
+        "OSHAANI_MASTER_KEY": MASTER_KEY,
+        "OPENAI_BASE_URL": f"{world.model.base_url}/v1",
+        "OPENAI_API_KEY": "peer",
+        "PYTHONPATH": str(ROOT),
+        **more,
+    }
+
+
+def topic_is_the_log(world: Layout, topic: str = LOG.name) -> bool:
+    return command(world, "relay", "--verify", "--topic", topic).returncode == 0
 
 
 # --- asking

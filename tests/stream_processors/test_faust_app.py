@@ -205,7 +205,7 @@ async def test_a_record_in_a_form_of_the_future_parks_its_stream_which_the_log_c
 
 @pytest.mark.parametrize(
     ("value", "key"),
-    [(b"hello", None), (b"", b"short"), (b"\x01garbage", uuid4().bytes), (b"\xfe", uuid4().bytes)],
+    [(b"hello", None), (b"", b"short"), (b"\x01garbage", bytes(range(16))), (b"\xfe", bytes(range(16)))],
 )
 async def test_a_record_that_is_not_of_the_log_is_put_aside(
     group: Group, value: bytes, key: bytes | None

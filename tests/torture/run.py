@@ -46,7 +46,7 @@ from tests.torture.worker import BONUS_EVERY, BONUS_NCR, VARIABLE
 STREAMS = 400
 OWNERS = 8
 SLOTS = ("torture-0", "torture-1", "torture-2")
-DWELL_S = 1.0
+DWELL_S, TRICKLE_S = 1.0, 0.02
 START_S, STOP_S, STALL_S = 60.0, 20.0, 60.0
 """How long a worker may take to begin, a stopped one to end, and how long nothing may happen."""
 ROOT = Path(__file__).parents[2]
@@ -154,7 +154,7 @@ class Plan:
     seed: int
 
     def released(self, ends: int) -> int:
-        """How many records there may be after so many ends, so that there is something to do until the last."""
+        """How many records come at full pace after so many ends, so that there is something to do until the last."""
         return self.records * (ends + 1) // (self.kills + self.terms + 1)
 
 
@@ -248,8 +248,9 @@ async def _feed(
             )
             partition = partition_of(shard, PRIVATE_PARTITIONS)
             await producer.send(topic, wire.pack(row), row.stream_id.bytes, partition)
-            while n >= plan.released(outcome.kills + outcome.terms):  # noqa: ASYNC110 - a few times a second
-                await asyncio.sleep(0.05)
+            if n >= plan.released(outcome.kills + outcome.terms):
+                # A trickle, by which a worker is seen to be at work.
+                await asyncio.sleep(TRICKLE_S)
             ahead_s = n / plan.records * plan.seconds - (time.monotonic() - began)
             if ahead_s > 0.01:
                 await asyncio.sleep(ahead_s)
