@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from psycopg_pool import AsyncConnectionPool
@@ -24,7 +25,8 @@ CREATE TABLE IF NOT EXISTS effect (
 CREATE TABLE IF NOT EXISTS tally (
     worker    text    PRIMARY KEY,
     done      integer NOT NULL,
-    delivered integer NOT NULL
+    delivered integer NOT NULL,
+    first_at  timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 """
 BATCH_MAX: Final = 500
@@ -35,7 +37,7 @@ _HAPPEN: Final = """
         INSERT INTO effect (stream, seq, worker) SELECT stream, seq, %b FROM given ORDER BY n
             ON CONFLICT DO NOTHING RETURNING 1
     )
-    INSERT INTO tally AS t VALUES (%b, (SELECT count(*) FROM made), (SELECT count(*) FROM given))
+    INSERT INTO tally AS t (worker, done, delivered) VALUES (%b, (SELECT count(*) FROM made), (SELECT count(*) FROM given))
         ON CONFLICT (worker) DO UPDATE
        SET done = t.done + excluded.done, delivered = t.delivered + excluded.delivered
 """
@@ -109,8 +111,8 @@ async def effects_so_far(pool: AsyncConnectionPool[Any]) -> int:
     return int(row[0])
 
 
-async def workers_so_far(pool: AsyncConnectionPool[Any]) -> set[str]:
-    """The workers that had any."""
+async def workers_so_far(pool: AsyncConnectionPool[Any]) -> dict[str, datetime]:
+    """The workers that had any, and since when."""
     async with pool.connection() as connection:
-        cursor = await connection.execute("SELECT worker FROM tally")
-        return {row[0] for row in await cursor.fetchall()}
+        cursor = await connection.execute("SELECT worker, first_at FROM tally")
+        return dict(await cursor.fetchall())

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -68,7 +69,8 @@ class Outcome:
     uncommitted: int = 0
     crashes: int = 0
     exits: dict[str, int] = field(default_factory=dict)
-    restart_s: float = 0.0
+    end_s_max: float = 0.0  # of a signal until the process was gone
+    back_s: float = 0.0  # from the start of a process to its first effect, the median
     seconds: float = 0.0
 
     @property
@@ -86,10 +88,12 @@ class Workers:
     folder: Path
     outcome: Outcome
     running: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
+    began_at: dict[str, datetime] = field(default_factory=dict)
     meant: set[int] = field(default_factory=set)  # processes that we ended
 
     async def start(self, slot: str) -> None:
         told = json.dumps({**self.told, "slot": slot})
+        began_at = datetime.now(UTC)
         output = (self.folder / f"{slot}.log").open("ab")
         self.running[slot] = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -101,6 +105,7 @@ class Workers:
             stderr=output,
         )
         output.close()
+        self.began_at[f"{slot}/{self.running[slot].pid}"] = began_at
 
     async def at_work(self, pool: Any) -> list[str]:
         """The workers whose present life has handled something."""
@@ -193,12 +198,15 @@ async def torture(plan: Plan, dsn: str, servers: str, folder: Path) -> Outcome:
             for slot in list(workers.running):
                 await workers.end(slot, signal.SIGTERM)
             result = await found(pool)
+            firsts = await workers_so_far(pool)
     finally:
         workers.kill()
     bonuses = sum(count // BONUS_EVERY for count in sent.values()) * BONUS_NCR
     fresh = Bus(log, Records(MemoryKeyRing(), MemoryObjectStore()), rules())
     has_ncr = sum([(await account(fresh, owner)).available_ncr for owner in owners])
     await log.close()
+    backs_s = [(at - workers.began_at[worker]).total_seconds() for worker, at in firsts.items()]
+    outcome.back_s = round(median(backs_s), 2) if backs_s else 0.0
     outcome.lost = plan.records - result.effects
     outcome.out_of_order = result.out_of_order
     outcome.doubled = result.counted - result.effects
@@ -262,20 +270,18 @@ async def _harm(plan: Plan, chance: random.Random, workers: Workers, pool: Any) 
     ends = [signal.SIGKILL] * plan.kills + [signal.SIGTERM] * plan.terms
     chance.shuffle(ends)
     began = time.monotonic()
-    restarts: list[float] = []
     for n, number in enumerate(ends, 1):
         await asyncio.sleep(max(0.0, began + n * plan.seconds / (len(ends) + 1) - time.monotonic()))
         slot = chance.choice(await _at_work(workers, pool))
         await asyncio.sleep(chance.uniform(0.0, DWELL_S))
-        at = time.monotonic()
+        at_s = time.monotonic()
         await workers.end(slot, number)
+        workers.outcome.end_s_max = max(workers.outcome.end_s_max, round(time.monotonic() - at_s, 2))
         await workers.start(slot)
-        restarts.append(time.monotonic() - at)
         if number == signal.SIGKILL:
             workers.outcome.kills += 1
         else:
             workers.outcome.terms += 1
-    workers.outcome.restart_s = round(max(restarts, default=0.0), 2)
 
 
 async def _at_work(workers: Workers, pool: Any) -> list[str]:
