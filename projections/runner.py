@@ -144,9 +144,11 @@ class Runner:
         return True
 
     def hurry(self) -> None:
-        """Somebody elsewhere waits for what is on its way here: for a moment, no batch waits for company."""
+        """Somebody elsewhere waits for what may be on its way here: look at the log, wait for no company."""
         self._hurry_until_s = monotonic() + LINGER_S
+        self._behind = True
         self._urgent.set()
+        self._wake.set()
 
     async def ready(self, timeout_s: float) -> bool:
         """Wait until every projection is live. False when some are still being built."""

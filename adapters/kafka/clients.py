@@ -29,6 +29,7 @@ STOP_S = 5.0  # Sending what is left, and leaving the group.
 REQUEST_MS = 40_000  # How long a record is tried for; an outage that is shorter loses no producer.
 METADATA_AGE_MS = 60_000
 FETCH_WAIT_MS = 50  # What a consumer waits at most for a record that comes alone; aiokafka's 500 is felt.
+GATHER_BYTES = 64 * 1024  # what is worth being fetched before the time that records may wait for company
 FETCH_BYTES_MAX = 16 * 1024 * 1024
 BATCH_BYTES = 128 * 1024
 SESSION_MS, HEARTBEAT_MS = 10_000, 2_000
@@ -203,15 +204,18 @@ async def open_producer(
 
 
 @asynccontextmanager
-async def open_consumer(
+async def open_consumer(  # noqa: PLR0913 - what differs between those that read
     config: KafkaConfig,
     client_id: str,
     *topics: str,
     group_id: str | None = None,
     group_instance_id: str | None = None,
     auto_offset_reset: str = "earliest",
+    gather_ms: int = 0,
 ) -> AsyncIterator[AIOKafkaConsumer]:
     """A consumer that commits nothing by itself; without `topics` the caller assigns or subscribes.
+
+    `gather_ms`: how long records may wait for company, where a batch is worth more than haste.
 
     Keys and values are bytes. A group begins with the oldest record that is kept unless told otherwise.
 
@@ -229,7 +233,8 @@ async def open_consumer(
         auto_offset_reset=auto_offset_reset,
         enable_auto_commit=False,
         isolation_level="read_uncommitted",
-        fetch_max_wait_ms=FETCH_WAIT_MS,
+        fetch_max_wait_ms=gather_ms or FETCH_WAIT_MS,
+        fetch_min_bytes=GATHER_BYTES if gather_ms else 1,
         fetch_max_bytes=FETCH_BYTES_MAX,
         max_partition_fetch_bytes=RECORD_BYTES_MAX,
         session_timeout_ms=SESSION_MS,

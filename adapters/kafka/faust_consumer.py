@@ -22,6 +22,7 @@ from mode.threads import WorkerThread
 from adapters.kafka.clients import (
     FETCH_BYTES_MAX,
     FETCH_WAIT_MS,
+    GATHER_BYTES,
     HEARTBEAT_MS,
     REQUEST_MS,
     SESSION_MS,
@@ -53,15 +54,16 @@ class TopicBegunAnew(Exception):
 class WorkerKafka:
     """What a Faust app needs to know of Kafka: where it is, who we are, and the consumer to use."""
 
-    def __init__(self, config: KafkaConfig) -> None:
+    def __init__(self, config: KafkaConfig, gather_ms: int = 0) -> None:
+        """`gather_ms`: how long records may wait for company; a batch costs little more than a record."""
         quieten_clients()
-        self._config = config
+        self._config, self._gather_ms = config, gather_ms
         self.broker = config.faust_broker()
         self.credentials = config.faust_credentials()
 
     def consumer(self, transport: Any, **options: Any) -> WorkerConsumer:
         """The consumer of a Faust transport; to be put in the place of the transport's own."""
-        return WorkerConsumer(transport, kafka=self._config, **options)
+        return WorkerConsumer(transport, kafka=self._config, gather_ms=self._gather_ms, **options)
 
     async def partitions_of(self, topic: str) -> int:
         """How many partitions a topic has; waits for the broker and the topic for as long as it takes."""
@@ -82,8 +84,8 @@ class WorkerKafka:
 class WorkerConsumer(Consumer):
     """The consumer of one worker."""
 
-    def __init__(self, transport: Any, *, kafka: KafkaConfig, **options: Any) -> None:
-        self.kafka = kafka
+    def __init__(self, transport: Any, *, kafka: KafkaConfig, gather_ms: int = 0, **options: Any) -> None:
+        self.kafka, self.gather_ms = kafka, gather_ms
         self.polled_s = self._well_s = time.monotonic()
         self._member, self._joined_s = "", deque[float](maxlen=TWINS_MAX + 2)
         super().__init__(transport, **options)
@@ -179,7 +181,8 @@ class _Thread(AIOKafkaConsumerThread):
             auto_offset_reset=conf.consumer_auto_offset_reset,
             isolation_level="read_uncommitted",
             # Faust's own 1500 is felt by every record that comes alone.
-            fetch_max_wait_ms=FETCH_WAIT_MS,
+            fetch_max_wait_ms=consumer.gather_ms or FETCH_WAIT_MS,
+            fetch_min_bytes=GATHER_BYTES if consumer.gather_ms else 1,
             fetch_max_bytes=FETCH_BYTES_MAX,
             max_partition_fetch_bytes=RECORD_BYTES_MAX,
             max_poll_records=POLL_RECORDS_MAX,

@@ -20,12 +20,21 @@ PAUSE_S = 1.0
 
 
 async def follow_topic(
-    config: KafkaConfig, client_id: str, topic: str, take: Callable[[list[bytes]], Awaitable[None]]
+    config: KafkaConfig,
+    client_id: str,
+    topic: str,
+    take: Callable[[list[bytes]], Awaitable[None]],
+    gather_ms: int = 0,
 ) -> None:
-    """Hand over what is written to a topic from now on, until cancelled; survives any outage of the broker."""
+    """Hand over what is written to a topic from now on, until cancelled; survives any outage of the broker.
+
+    `gather_ms`: how long records may wait for company.
+    """
     while True:
         try:
-            async with open_consumer(config, client_id, topic, auto_offset_reset="latest") as consumer:
+            async with open_consumer(
+                config, client_id, topic, auto_offset_reset="latest", gather_ms=gather_ms
+            ) as consumer:
                 while True:
                     found = await consumer.getmany(timeout_ms=FETCH_MS)
                     if found:

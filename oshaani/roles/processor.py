@@ -44,6 +44,10 @@ PUBLISHING = (public_topics.name, usage_analytics.name)
 SWEEPING = ("agent_turns", "tool_calls", "notifications")  # those that take up due work
 
 
+# Those whose work nobody waits for take records together.
+GATHER_MS = {"credit_debits": 50, "notifications": 100, "public_topics": 200, "usage_analytics": 200}
+LINGER_MS = 20  # of messages for subscribers
+
 # Faust tells of each of its parts that begins and ends under the name of the module that derives from it.
 TALKATIVE = ("stream_processors.faust_app", "adapters.kafka.faust_consumer")
 
@@ -66,7 +70,7 @@ async def processor(settings: Settings, dsn: str, announce: Announce, name: str)
         slot = Slot(leases, settings.slot) if settings.slot else None
         measured = ProcessorMetrics(metrics, name).measured(DISTRIBUTED[name])
         host_class = AnalyticsHost if name == usage_analytics.name else FaustHost
-        host = host_class(measured, supplies, WorkerKafka(config), slot)
+        host = host_class(measured, supplies, WorkerKafka(config, GATHER_MS.get(name, 0)), slot)
         watch_processor(metrics, name, lambda: host.state)
         counted = PlatformMetrics(
             metrics,
@@ -108,7 +112,7 @@ async def processor(settings: Settings, dsn: str, announce: Announce, name: str)
 
 @asynccontextmanager
 async def _publication(core: Core, config: KafkaConfig, life: Life) -> AsyncIterator[Publication]:
-    async with kafka_publisher(lambda: open_producer(config, life.slot)) as publisher:
+    async with kafka_publisher(lambda: open_producer(config, life.slot, linger_ms=LINGER_MS)) as publisher:
         events = CloudEvents(core.settings.base_url)
         yield Publication(publisher, events, core.log, core.records, utc_now)
 

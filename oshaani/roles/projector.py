@@ -30,6 +30,7 @@ from schemas.topics import LOG
 log_of = logging.getLogger(__name__)
 
 LEASE_S, RENEW_S = 6.0, 2.0
+GATHER_MS = 200  # whoever cannot wait that long has it read from the log
 PROJECTOR_LEASE = "projector"
 
 
@@ -111,7 +112,7 @@ class Working:
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._runner.run())
-            group.create_task(follow_topic(self._config, self._life.slot, LOG.name, self._take))
+            group.create_task(follow_topic(self._config, self._life.slot, LOG.name, self._take, GATHER_MS))
 
     async def _take(self, values: Sequence[bytes]) -> None:
         rows = []
