@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -40,7 +41,8 @@ from oshaani.wiring import migrate
 from schemas import wire
 from schemas.records import Records
 from schemas.topics import PRIVATE_PARTITIONS, partition_of
-from tests.commands.write_side import account, rules, signed_up
+from stream_processors.faust_app import Names
+from tests.commands.write_side import Owner, account, rules, signed_up
 from tests.torture.effects import TABLES, effects_so_far, found, workers_so_far
 from tests.torture.worker import BONUS_EVERY, BONUS_NCR, VARIABLE
 
@@ -169,78 +171,87 @@ async def torture(plan: Plan, dsn: str, servers: str, folder: Path) -> Outcome:
     outcome, chance = Outcome(plan.records), random.Random(plan.seed)
     await migrate(dsn)
     await run_script(dsn, TABLES)
-    prefix = f"torture-{uuid4().hex[:8]}"
-    names = {"topic": f"{prefix}.work", "group": f"{prefix}.group", "dead_letters": f"{prefix}.dlq"}
-    await _make_topics(servers, {names["topic"]: PRIVATE_PARTITIONS, names["dead_letters"]: 1})
+    names = await _make_topics(servers)
     log = PostgresEventLog(dsn)
     await log.open()
-    bus = Bus(log, Records(MemoryKeyRing(), MemoryObjectStore()), rules())
-    owners = [await signed_up(bus) for _ in range(OWNERS)]
-    had_ncr = sum([(await account(bus, owner)).available_ncr for owner in owners])
-    tenants = [uuid4() for _ in range(STREAMS)]
-    streams = [uuid4() for _ in range(STREAMS)]
+    owners = [await signed_up(_bus(log)) for _ in range(OWNERS)]
+    had_ncr = await _credits_ncr(log, owners)
+    streams = [(uuid4(), uuid4()) for _ in range(STREAMS)]
     told = {
         "dsn": dsn,
         "servers": servers,
-        "names": names,
-        "streams": [str(each) for each in streams],
+        "names": asdict(names),
+        "streams": [str(stream_id) for _, stream_id in streams],
         "owners": [str(owner.tenant_id) for owner in owners],
     }
     workers = Workers(told, folder, outcome)
     try:
         for slot in SLOTS:
             await workers.start(slot)
-        feeding = asyncio.create_task(_feed(plan, chance, outcome, servers, names["topic"], tenants, streams))
+        feeding = asyncio.create_task(_feed(plan, chance, outcome, Target(servers, names.topic, streams)))
         async with open_pool(dsn, 2) as pool:
             await _harm(plan, chance, workers, pool)
             sent = await feeding
             await _finished(plan.records, pool, workers)
             for slot in list(workers.running):
                 await workers.end(slot, signal.SIGTERM)
-            result = await found(pool)
-            firsts = await workers_so_far(pool)
+            await _judge(workers, pool)
     finally:
         workers.kill()
-    bonuses = sum(count // BONUS_EVERY for count in sent.values()) * BONUS_NCR
-    fresh = Bus(log, Records(MemoryKeyRing(), MemoryObjectStore()), rules())
-    has_ncr = sum([(await account(fresh, owner)).available_ncr for owner in owners])
-    await log.close()
-    backs_s = [(at - workers.began_at[worker]).total_seconds() for worker, at in firsts.items()]
-    outcome.back_s = round(median(backs_s), 2) if backs_s else 0.0
-    outcome.lost = plan.records - result.effects
-    outcome.out_of_order = result.out_of_order
-    outcome.doubled = result.counted - result.effects
-    outcome.redelivered = result.delivered - result.counted
-    outcome.bonus_missing_ncr = bonuses - (has_ncr - had_ncr)
-    outcome.uncommitted = await _uncommitted(servers, names["topic"], names["group"])
+    bonuses = sum(count // BONUS_EVERY for count in sent.values())
+    outcome.bonus_missing_ncr = bonuses * BONUS_NCR - (await _credits_ncr(log, owners) - had_ncr)
+    outcome.uncommitted = await _uncommitted(servers, names)
     outcome.seconds = round(time.monotonic() - began, 1)
+    await log.close()
     return outcome
 
 
-async def _feed(
-    plan: Plan,
-    chance: random.Random,
-    outcome: Outcome,
-    servers: str,
-    topic: str,
-    tenants: list[UUID],
-    streams: list[UUID],
-) -> Counter[int]:
+async def _judge(workers: Workers, pool: Any) -> None:
+    outcome, result = workers.outcome, await found(pool)
+    firsts = await workers_so_far(pool)
+    backs_s = [(at - workers.began_at[worker]).total_seconds() for worker, at in firsts.items()]
+    outcome.back_s = round(median(backs_s), 2) if backs_s else 0.0
+    outcome.lost = outcome.records - result.effects
+    outcome.out_of_order = result.out_of_order
+    outcome.doubled = result.counted - result.effects
+    outcome.redelivered = result.delivered - result.counted
+
+
+def _bus(log: PostgresEventLog) -> Bus:
+    return Bus(log, Records(MemoryKeyRing(), MemoryObjectStore()), rules())
+
+
+async def _credits_ncr(log: PostgresEventLog, owners: Sequence[Owner]) -> int:
+    bus = _bus(log)
+    return sum([(await account(bus, owner)).available_ncr for owner in owners])
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the records go; each stream is a tenant and an id."""
+
+    servers: str
+    topic: str
+    streams: Sequence[tuple[UUID, UUID]]
+
+
+async def _feed(plan: Plan, chance: random.Random, outcome: Outcome, target: Target) -> Counter[int]:
     """Write the records at the pace of the time and of the ends; how many of each stream."""
     sent: Counter[int] = Counter()
     positions: Counter[int] = Counter()
     began = time.monotonic()
-    async with open_producer(KafkaConfig.at(servers), "torture", linger_ms=5) as producer:
+    async with open_producer(KafkaConfig.at(target.servers), "torture", linger_ms=5) as producer:
         for n in range(plan.records):
             number = chance.randrange(STREAMS)
             sent[number] += 1
-            shard = shard_of(tenants[number])
+            tenant_id, stream_id = target.streams[number]
+            shard = shard_of(tenant_id)
             positions[shard] += 1
             row = StoredEvent(
                 shard=shard,
                 position=positions[shard],
-                tenant_id=tenants[number],
-                stream_id=streams[number],
+                tenant_id=tenant_id,
+                stream_id=stream_id,
                 stream_version=sent[number],
                 type=EVENT,
                 schema_version=1,
@@ -255,7 +266,7 @@ async def _feed(
                 recorded_at=datetime.now(UTC),
             )
             partition = partition_of(shard, PRIVATE_PARTITIONS)
-            await producer.send(topic, wire.pack(row), row.stream_id.bytes, partition)
+            await producer.send(target.topic, wire.pack(row), row.stream_id.bytes, partition)
             if n >= plan.released(outcome.kills + outcome.terms):
                 # A trickle, by which a worker is seen to be at work.
                 await asyncio.sleep(TRICKLE_S)
@@ -306,19 +317,23 @@ async def _finished(records: int, pool: Any, workers: Workers) -> None:
         await workers.restart_crashed()
 
 
-async def _make_topics(servers: str, partitions: dict[str, int]) -> None:
+async def _make_topics(servers: str) -> Names:
+    prefix = f"torture-{uuid4().hex[:8]}"
+    names = Names(f"{prefix}.work", f"{prefix}.group", f"{prefix}.dlq")
+    partitions = {names.topic: PRIVATE_PARTITIONS, names.dead_letters: 1}
     admin = AIOKafkaAdminClient(bootstrap_servers=servers)
     await admin.start()
     try:
         await admin.create_topics([NewTopic(name, count, 1) for name, count in partitions.items()])
     finally:
         await admin.close()
+    return names
 
 
-async def _uncommitted(servers: str, topic: str, group: str) -> int:
+async def _uncommitted(servers: str, names: Names) -> int:
     """Records that the group would be delivered again."""
-    partitions = [TopicPartition(topic, each) for each in range(PRIVATE_PARTITIONS)]
-    async with open_consumer(KafkaConfig.at(servers), "torture-check", group_id=group) as consumer:
+    partitions = [TopicPartition(names.topic, each) for each in range(PRIVATE_PARTITIONS)]
+    async with open_consumer(KafkaConfig.at(servers), "torture-check", group_id=names.group) as consumer:
         consumer.assign(partitions)
         ends = await consumer.end_offsets(partitions)
         return sum([ends[each] - (await consumer.committed(each) or 0) for each in partitions])
