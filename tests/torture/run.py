@@ -348,6 +348,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
     chosen = parser.parse_args()
     plan = Plan(chosen.records, chosen.seconds, chosen.kills, chosen.terms, chosen.seed)
+    # As Ctrl-C does: the servers and workers end with us.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oshaani-torture-")))
         folder.chmod(0o755)
