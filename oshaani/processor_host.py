@@ -60,9 +60,10 @@ class ProcessorHost:
 
     def offer(self, records: Sequence[AnyRecord]) -> None:
         """Take records just committed by this process; out of sequence ones are fetched from the log instead."""
+        has_room = self.unfinished < BACKLOG_MAX
         for record in records:
             seen = self._seen.get(record.shard)
-            if seen is None or record.position > seen + 1 or self.unfinished >= BACKLOG_MAX:
+            if seen is None or record.position > seen + 1 or not has_room:
                 self._wake.set()
             elif record.position == seen + 1:
                 self._deliver(record)
