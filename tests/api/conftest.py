@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from urllib.parse import urlsplit, urlunsplit
-from uuid import uuid4
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from pathlib import Path
 
-import psycopg
 import pytest
-from psycopg import sql
 
 from tests.api.client import Client, Person
 from tests.api.platform import Platform, running
+from tests.peers.databases import new_database
+
+LAYOUTS = ("in one process", "over Kafka")
+HERE = Path(__file__).parent
+_running = ExitStack()
+_platforms: dict[str, Platform] = {}
 
 
-@pytest.fixture(scope="session", params=["in one process", "over Kafka"])
-def platform(request: pytest.FixtureRequest, postgres_dsn: str) -> Iterator[Platform]:
-    """The server, in both layouts: whoever uses it cannot tell them apart."""
-    broker = request.getfixturevalue("broker") if request.param == "over Kafka" else None
-    name = f"oshaani_api_{uuid4().hex}"
-    with psycopg.connect(postgres_dsn, autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(name)))
-        url = urlunsplit(urlsplit(postgres_dsn)._replace(path=f"/{name}"))
-        with running(url, broker) as platform:
-            yield platform
-        admin.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+@pytest.fixture(params=LAYOUTS)
+def platform(request: pytest.FixtureRequest, postgres_dsn: str) -> Platform:
+    """The server, in both layouts: whoever uses it cannot tell them apart. It serves all tests of this folder."""
+    layout = request.param
+    if layout not in _platforms:
+        broker = request.getfixturevalue("broker") if layout == "over Kafka" else None
+        url = _running.enter_context(new_database(postgres_dsn))
+        _platforms[layout] = _running.enter_context(running(url, broker))
+    return _platforms[layout]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """The servers' threads end with the folder's last test, so that they disturb none that comes after."""
+    if nextitem is None or not nextitem.path.is_relative_to(HERE):
+        _platforms.clear()
+        _running.pop_all().close()
 
 
 @pytest.fixture

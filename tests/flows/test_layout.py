@@ -124,7 +124,7 @@ def test_a_killed_turns_worker_is_replaced_before_anybody_notices(laid_out: Layo
 
     with ThreadPoolExecutor(len(asked)) as clients:
         answers = [clients.submit(answered, each) for each in asked]
-        begun = "SELECT count(*) FROM due WHERE claimed_by LIKE 'agent_turns-1/%'"
+        begun = "SELECT count(*) FROM due WHERE starts_with(claimed_by, 'agent_turns-1/')"
         until(lambda: laid_out.rows(begun)[0][0] > 0, "calls to be under way")
         os.kill(laid_out.pid_of("agent_turns-1"), signal.SIGKILL)
         turn_ids = [answer.result() for answer in answers]
