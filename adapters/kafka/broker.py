@@ -28,15 +28,13 @@ import psutil
 from adapters.kafka.faults import EmbeddedKafkaFault, KafkaDidNotStart, KafkaFolderUnusable, KafkaPortTaken
 from adapters.kafka.node import SERVER, answers, free_ports, is_free, nodes_on, write_settings
 from adapters.kafka.programs import KafkaPrograms, Say, kafka_programs
+from adapters.watching import keep_running
 
 START_TIMEOUT_S = 90.0
 ORDERLY_STOP_S = 5.0
 KILL_S = 5.0
 POLL_S = 0.05
-WATCH_S = 0.25
 PORT_TRIES = 5
-RESTARTS_MAX = 5
-RESTART_CALM_S = 60.0  # A broker that ran this long has its restarts forgiven.
 FREE_BYTES_MIN = 256 * 1024 * 1024
 
 _EXCEPTION = re.compile(r"(Caused by: )?[\w.$]+(Exception|Error): .")
@@ -61,7 +59,9 @@ async def embedded_kafka(
         watch: asyncio.Task[None] | None = None
         try:
             await asyncio.to_thread(server.start)
-            watch = asyncio.create_task(_keep_running(server), name="embedded-kafka-watch")
+            watch = asyncio.create_task(
+                keep_running(server, "Kafka", EmbeddedKafkaFault), name="embedded-kafka-watch"
+            )
             yield server.bootstrap_servers
         finally:
             if watch is not None:
@@ -322,24 +322,3 @@ def _end_process(process: psutil.Process, number: signal.Signals = signal.SIGTER
             return
         except psutil.TimeoutExpired:
             continue
-
-
-async def _keep_running(server: KafkaServer) -> None:
-    """Start the broker again whenever it dies; give up loudly when it keeps dying."""
-    restarts_count, started_at_s = 0, time.monotonic()
-    while True:
-        await asyncio.sleep(WATCH_S)
-        if not server.has_ended:
-            continue
-        if time.monotonic() - started_at_s > RESTART_CALM_S:
-            restarts_count = 0
-        restarts_count += 1
-        if restarts_count > RESTARTS_MAX:
-            _log.critical("the embedded Kafka keeps ending; see %s", server.log_file)
-            return
-        _log.error("the embedded Kafka ended unexpectedly and is started again")
-        started_at_s = time.monotonic()
-        try:
-            await asyncio.to_thread(server.start)
-        except EmbeddedKafkaFault as fault:
-            _log.error("%s", fault)

@@ -37,6 +37,7 @@ from adapters.postgres.data_folder import (
     server_account,
 )
 from adapters.postgres.programs import POSTGRES_VERSION, postgres_programs
+from adapters.watching import keep_running
 
 DATABASE = "oshaani"
 SUPERUSER = "oshaani"
@@ -49,9 +50,6 @@ FAST_STOP_S = 1.8  # Asked, then told, then killed: together less than 3 s.
 IMMEDIATE_STOP_S = 0.6
 KILL_S = 0.4
 POLL_S = 0.02
-WATCH_S = 0.25
-RESTARTS_MAX = 5
-RESTART_CALM_S = 60.0  # A server that ran this long has its restarts forgiven.
 
 SETTINGS: Mapping[str, str] = {
     "listen_addresses": "",
@@ -94,7 +92,9 @@ async def embedded_postgres(data_dir: Path, settings: Mapping[str, str] | None =
         watch: asyncio.Task[None] | None = None
         try:
             await asyncio.to_thread(server.start)
-            watch = asyncio.create_task(_keep_running(server), name="embedded-postgres-watch")
+            watch = asyncio.create_task(
+                keep_running(server, "Postgres", EmbeddedPostgresFault), name="embedded-postgres-watch"
+            )
             yield server.dsn
         finally:
             if watch is not None:
@@ -328,27 +328,6 @@ def _signal(process: psutil.Process, number: signal.Signals) -> None:
         process.send_signal(number)
     except psutil.NoSuchProcess:
         return
-
-
-async def _keep_running(server: PostgresServer) -> None:
-    """Start the server again whenever it dies; give up loudly when it keeps dying."""
-    restarts_count, started_at_s = 0, time.monotonic()
-    while True:
-        await asyncio.sleep(WATCH_S)
-        if not server.has_ended:
-            continue
-        if time.monotonic() - started_at_s > RESTART_CALM_S:
-            restarts_count = 0
-        restarts_count += 1
-        if restarts_count > RESTARTS_MAX:
-            _log.critical("the embedded Postgres keeps ending; see %s", server.log_file)
-            return
-        _log.error("the embedded Postgres ended unexpectedly and is started again")
-        started_at_s = time.monotonic()
-        try:
-            await asyncio.to_thread(server.start)
-        except EmbeddedPostgresFault as fault:
-            _log.error("%s", fault)
 
 
 def _run_as(account: pwd.struct_passwd | None, log: BinaryIO) -> dict[str, Any]:
