@@ -43,10 +43,6 @@ class Ending:
         supervised = SUPERVISED in os.environ
         self._orphaned = asyncio.create_task(self._watch_parent(os.getppid())) if supervised else None
 
-    @property
-    def is_wanted(self) -> bool:
-        return self._wanted.is_set()
-
     async def wait(self) -> None:
         """Return when it is time to end."""
         await self._wanted.wait()

@@ -79,7 +79,6 @@ class Supervisor:
         self._processes: dict[str, Forked] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._ending = False
-        self.restarts: dict[str, int] = {}
 
     @asynccontextmanager
     async def running(self, roles: Sequence[Role]) -> AsyncIterator[None]:
@@ -100,7 +99,6 @@ class Supervisor:
             if self._ending:
                 return
             lived_s = time.monotonic() - began
-            self.restarts[role.slot] = self.restarts.get(role.slot, 0) + 1
             pause_s = PAUSE_FIRST_S if lived_s >= SETTLED_S else min(pause_s * 2, PAUSE_MAX_S)
             cause = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             self._say(role.slot, f"ended {cause} after {lived_s:.0f} s; starting it again")
@@ -165,7 +163,7 @@ async def up_kafka(
         if not config.bootstrap_servers:
             broker = embedded_kafka(settings.data_dir, say=lambda text: say("kafka", text))
             config = KafkaConfig.at(await stack.enter_async_context(broker))
-        await apply(config, TOPICS)
+        await apply(config, TOPICS, settings.kafka_partitions)
         master_key(settings)  # made now where it is missing, before several want it
         environment = os.environ | {
             "DATABASE_URL": dsn,
