@@ -15,7 +15,7 @@ import aiohttp
 from commands.agent import CreateAgent, IssueAgentKey, PublishAgent
 from commands.user import IssueUserKey, LogIn, RegisterUser
 from domain.ids import UserId, agent_of
-from tests.api.platform import Platform
+from tests.api.platform import STARTED_S, Platform
 
 TIMEOUT_S = 20.0
 
@@ -171,5 +171,5 @@ async def _register(platform: Platform, user_id: UserId) -> tuple[str, int, str]
         ),
         by=by,
     )
-    assert await server.db.caught_up(outcome.shard, outcome.position, 5.0)
+    assert await server.db.caught_up(outcome.shard, outcome.position, STARTED_S)
     return key, number, agent_key

@@ -249,7 +249,7 @@ class Layout(World):
         return until(read, f"{slot} to run")
 
     def arm_role(self, slot: str, point: str) -> None:
-        """From now on that process dies when it comes there."""
+        """From now on that process dies when it comes there; the one that follows it does not."""
         (self.folder / "point").write_text(point)
         line = f"{slot:18} armed: {point}\n"
         said = self.server.log.read_text().count(line)

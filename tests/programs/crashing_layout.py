@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 
 from oshaani.cli import logs
@@ -17,5 +18,7 @@ def say(slot: str, text: str) -> None:
 
 
 if __name__ == "__main__":
+    # Inherited by every process until it can be armed: told earlier, it would end.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     logs.set_up("info")
     asyncio.run(up_kafka(read_settings(), say, lambda settings: say("layout", "ready"), main))

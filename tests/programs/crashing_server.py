@@ -1,6 +1,7 @@
 """`oshaani up`, or any other role, that dies by SIGKILL at a place of the test's choice.
 
-SIGUSR1 arms the point named in the file that CRASH_POINT_FILE names; from then on its first visit is the end.
+SIGUSR1 arms the point named in the file that CRASH_POINT_FILE names, and takes the file away: one life ends there, at
+its first visit, however often it was told.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ ARMED = "armed: "
 
 def arm(*_: Any) -> None:
     """The test has written the name, and waits for ours."""
-    point = Path(os.environ[FILE]).read_text()
+    file = Path(os.environ[FILE])
+    try:
+        point = file.read_text()
+        file.unlink()
+    except FileNotFoundError:
+        return
     crash_points.arm(point)
     sys.stderr.write(f"{ARMED}{point}\n")
     sys.stderr.flush()
