@@ -248,27 +248,24 @@ async def send(call: Call, asked: Asked, key: Once, mode: Mode) -> tuple[TurnId,
     """Send a message. Returns its turn, how the caller calls the conversation, and whether it was sent before."""
     turn_id, principal = TurnId(key.command_id), asked.principal
     conversation_id, beginning, shown = _conversation_of(asked, turn_id)
-    outcome = await call.execute(
-        SendMessage(
-            tenant_id=principal.owner_id,
-            turn_id=turn_id,
-            conversation_id=conversation_id,
-            beginning=beginning,
-            name=asked.conversation if beginning == "named" else None,
-            agent_id=asked.agent_id,
-            content=asked.text,
-            channel=asked.channel,
-            mode=mode,
-            meter=asked.meter,
-            by_owner=principal.is_owner,
-            stateless=asked.stateless,
-            when_busy=asked.when_busy,
-            callback_url=asked.callback_url,
-        ),
-        turn_id,
-        key.digest,
-        turn_id,
+    message = SendMessage(
+        tenant_id=principal.owner_id,
+        turn_id=turn_id,
+        conversation_id=conversation_id,
+        beginning=beginning,
+        name=asked.conversation if beginning == "named" else None,
+        agent_id=asked.agent_id,
+        content=asked.text,
+        channel=asked.channel,
+        mode=mode,
+        meter=asked.meter,
+        by_owner=principal.is_owner,
+        stateless=asked.stateless,
+        when_busy=asked.when_busy,
+        callback_url=asked.callback_url,
     )
+    message = await call.server.prepare(message)
+    outcome = await call.execute(message, turn_id, key.digest, turn_id)
     return turn_id, shown, outcome.seen
 
 

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from commands.bus import Bus
 from commands.command import Rules
+from commands.turn import SendMessage
 from domain.agent import Agent
 from domain.event_log import EventLog
 from domain.ports import (
@@ -91,6 +92,15 @@ class Limits:
     session_cache_s: float = 0.5  # how long a session ended by another process may go unnoticed
 
 
+Prepare = Callable[[SendMessage], Awaitable[SendMessage]]
+"""What is done to a message before it is decided."""
+
+
+async def as_it_is(message: SendMessage) -> SendMessage:
+    """The message, where others go on with it."""
+    return message
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
     """What `create_app` is given."""
@@ -115,6 +125,7 @@ class Server:
     signing_key: bytes  # of cursors and CSRF tokens
     next_agent_number: Callable[[], Awaitable[int]]
     ready: Callable[[], Awaitable[Sequence[Check]]]
+    prepare: Prepare = as_it_is
     metrics: CollectorRegistry = field(default_factory=CollectorRegistry)
     metrics_token: str | None = None  # without one, /metrics answers loopback only
     limits: Limits = field(default_factory=Limits)

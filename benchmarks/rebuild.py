@@ -30,7 +30,7 @@ from commands.agent import CreateAgent
 from commands.bus import Bus
 from commands.command import Rules
 from commands.credit_account import SettleHold
-from commands.turn import CompleteModelCall, SendMessage, StartModelCall
+from commands.turn import CompleteModelCall, ModelCallPlan, SendMessage, StartModelCall
 from commands.user import LogIn, RegisterUser
 from domain.credit_account import ChargeLine, Origin
 from domain.ids import ConversationId, TurnId, UserId, agent_of, hold_of
@@ -82,14 +82,17 @@ async def converse(bus: Bus, number: int, turn_count: int) -> None:
                 tenant_id=tenant,
                 turn_id=turn_id,
                 action=AskModel(1, 1, True, None),
-                provider="offline",
-                model="extractive",
-                worker="w/1",
-                deadline_at=RATE_CARDS[0].effective_from,
-                history_versions=(1, 2),
-                history_count=1,
-                prompt_digest="p",
-                tools_offered=(),
+                plan=ModelCallPlan(
+                    provider="offline",
+                    model="extractive",
+                    worker="w/1",
+                    deadline_at=RATE_CARDS[0].effective_from,
+                    history_versions=(1, 2),
+                    history_count=1,
+                    prompt_digest="p",
+                    tools_offered=(),
+                    with_tools=True,
+                ),
             ),
             by="worker:w",
         )

@@ -53,10 +53,38 @@ Beginning = Literal["new", "named", "existing"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCallPlan:
+    """How a worker is going to ask the model, with what, and for how long."""
+
+    provider: str
+    model: str
+    worker: str
+    deadline_at: datetime
+    with_tools: bool
+    history_versions: tuple[int, int]
+    history_count: int
+    prompt_digest: str
+    tools_offered: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstCall:
+    """The first model call of a turn, planned before its message is accepted.
+
+    It fits only a message that is answered with this configuration and has this version of the conversation's stream.
+    """
+
+    plan: ModelCallPlan
+    config_version: int
+    message_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SendMessage(Command):
     """Ask an agent something. The caller picks `turn_id`, so resending is harmless.
 
-    `beginning` says whether the conversation is new, must exist, or is started on first use of its name.
+    `beginning` says whether the conversation is new, must exist, or is started on first use of its name. With
+    `first_call` the model call is claimed together with the message, for the worker that planned it, if it still fits.
     """
 
     turn_id: TurnId
@@ -72,6 +100,7 @@ class SendMessage(Command):
     stateless: bool = False
     when_busy: WhenBusy = "queue"
     callback_url: str | None = None
+    first_call: FirstCall | None = None
 
     def reads(self) -> tuple[UUID, ...]:
         streams: tuple[UUID, ...] = (self.agent_id, account_of(self.tenant_id))
@@ -111,17 +140,10 @@ class CancelTurn(_OfTurn):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartModelCall(_OfTurn):
-    """Claim the next model call of a turn. `context` is recorded with the first call only."""
+    """Claim the next model call of a turn. What it is asked with is recorded with the first call only."""
 
     action: AskModel
-    provider: str
-    model: str
-    worker: str
-    deadline_at: datetime
-    history_versions: tuple[int, int]
-    history_count: int
-    prompt_digest: str
-    tools_offered: tuple[str, ...]
+    plan: ModelCallPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +241,7 @@ def send_message(command: SendMessage, write: WriteSide) -> Result:
         _interrupt(conversation, write)
     active = conversation.accept(command.turn_id, message_id, command.content, command.when_busy, write.now)
     message_version = conversation.version if active else conversation.version - 1
-    _accept(
+    turn = _accept(
         write,
         command.turn_id,
         agent,
@@ -238,8 +260,12 @@ def send_message(command: SendMessage, write: WriteSide) -> Result:
     )
     if command.callback_url is not None:
         _request_callback(command, agent, command.callback_url, write)
-    at = write.now + PICKUP if active else limits.deadline_at
-    write.due("turn", command.turn_id, command.turn_id, at)
+    first_call, action = command.first_call, next_action(turn, write.now)
+    if active and first_call and isinstance(action, AskModel) and _fits(first_call, turn, action):
+        _start_model_call(turn, action, first_call.plan, write)
+    else:
+        at = write.now + PICKUP if active else limits.deadline_at
+        write.due("turn", command.turn_id, command.turn_id, at)
     return {"queued": not active, "accepted_at": write.now.isoformat()}
 
 
@@ -286,19 +312,7 @@ def start_model_call(command: StartModelCall, write: WriteSide) -> Result:
         conversation = write.look(Conversation, turn.conversation_id)
         if conversation.active_turn != turn.id:
             raise NotYours("Another turn of the conversation comes first.")
-    if not turn.assembled:
-        turn.trigger_event(
-            Turn.ContextAssembled,
-            history_from=command.history_versions[0],
-            history_to=command.history_versions[1],
-            history_count=command.history_count,
-            prompt_digest=command.prompt_digest,
-            tools_offered=command.tools_offered,
-        )
-    call_id = turn.start_model_call(
-        command.action, command.provider, command.model, command.worker, command.deadline_at, write.now
-    )
-    write.due("turn", turn.id, turn.id, command.deadline_at + GRACE, command.worker)
+    call_id = _start_model_call(turn, command.action, command.plan, write)
     return {"call_id": str(call_id)}
 
 
@@ -409,6 +423,31 @@ def cancel_unless_over(turn_id: TurnId, reason: str, write: WriteSide) -> None:
 
 
 # --- shared --------------------------------------------------------------------------------------------------------
+
+
+def _fits(first_call: FirstCall, turn: Turn, action: AskModel) -> bool:
+    """Whether the turn has come out as its first call was planned for."""
+    return (
+        first_call.config_version == turn.config_version
+        and first_call.message_version == turn.message_version
+        and first_call.plan.with_tools == action.with_tools
+    )
+
+
+def _start_model_call(turn: Turn, action: AskModel, plan: ModelCallPlan, write: WriteSide) -> CallId:
+    if not turn.assembled:
+        turn.trigger_event(
+            Turn.ContextAssembled,
+            history_from=plan.history_versions[0],
+            history_to=plan.history_versions[1],
+            history_count=plan.history_count,
+            prompt_digest=plan.prompt_digest,
+            tools_offered=plan.tools_offered,
+        )
+    deadline_at = min(plan.deadline_at, turn.limits.deadline_at)
+    call_id = turn.start_model_call(action, plan.provider, plan.model, plan.worker, deadline_at, write.now)
+    write.due("turn", turn.id, turn.id, deadline_at + GRACE, plan.worker)
+    return call_id
 
 
 def _go_on(turn: Turn, write: WriteSide) -> None:

@@ -11,6 +11,7 @@ from domain.errors import ConversationBusy, NotFound, TooManyQueued
 from domain.ids import AgentId, ConversationId, MessageId, ToolCallId, TurnId, UserId
 
 QUEUED_TURNS_MAX = 20
+FIRST_MESSAGE_VERSION = 2  # in the stream of its conversation, right after the beginning
 
 Channel = Literal["api", "api_v1", "dashboard", "share", "mcp", "openai"]
 WhenBusy = Literal["queue", "reject", "interrupt"]

@@ -23,15 +23,23 @@ class Exchange:
     answered_version: int
 
 
-def messages_of(
-    history: Sequence[Exchange], question: str, turn: Turn, history_messages_max: int
+def first_messages_of(
+    history: Sequence[Exchange], question: str, history_messages_max: int
 ) -> tuple[Message, ...]:
-    """The prompt: the last `history_messages_max` messages of the past, the question, and what happened since."""
+    """The prompt of a turn's first call: the last `history_messages_max` messages of the past, and the question."""
     kept = history[max(0, len(history) - history_messages_max // 2) :] if history_messages_max > 1 else ()
     messages: list[Message] = []
     for exchange in kept:
         messages += (Message("user", exchange.asked), Message("assistant", exchange.answered))
     messages.append(Message("user", question))
+    return tuple(messages)
+
+
+def messages_of(
+    history: Sequence[Exchange], question: str, turn: Turn, history_messages_max: int
+) -> tuple[Message, ...]:
+    """The prompt: that of the first call, and what happened since."""
+    messages = [*first_messages_of(history, question, history_messages_max)]
     for said in turn.said:
         calls = [turn.tool_calls[tool_call_id] for tool_call_id in said.tool_call_ids]
         requests = tuple(

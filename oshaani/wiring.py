@@ -45,7 +45,7 @@ from projections.read_side import ReadSide
 from projections.runner import Runner
 from schemas.records import AnyRecord, Records
 from schemas.turn_feed import TurnFeed
-from stream_processors.agent_turns import agent_turns
+from stream_processors.agent_turns import agent_turns, with_first_call
 from stream_processors.credit_debits import credit_debits
 from stream_processors.history import ConversationHistory
 from stream_processors.notifications import notifications
@@ -212,9 +212,13 @@ def erasing_of(core: Core) -> Erasing:
 
 @asynccontextmanager
 async def server_of(
-    core: Core, means: Means, feed: TurnFeed, ready: Callable[[], Awaitable[Sequence[Check]]]
+    core: Core,
+    means: Means,
+    feed: TurnFeed,
+    ready: Callable[[], Awaitable[Sequence[Check]]],
+    **others: Any,
 ) -> AsyncIterator[Server]:
-    """What the HTTP application needs."""
+    """What the HTTP application needs; `others` are fields of `Server` that only some processes give."""
     settings, passwords = core.settings, Argon2Passwords()
     try:
         yield Server(
@@ -241,6 +245,7 @@ async def server_of(
             metrics_token=settings.metrics_token,
             limits=Limits(session_s=settings.session_days * 86_400.0),
             version=__version__,
+            **others,
         )
     finally:
         await passwords.close()
@@ -255,7 +260,15 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
         work = work_of(core, means, f"embedded/{uuid4()}", feed)
         parked = parked_records.PostgresParkedRecords(core.pool)
         host = ProcessorHost(core.log, core.records, PROCESSORS, work, parked)
-        server = await stack.enter_async_context(server_of(core, means, feed, lambda: _ready(core, host)))
+        server = await stack.enter_async_context(
+            server_of(
+                core,
+                means,
+                feed,
+                lambda: _ready(core, host),
+                prepare=lambda message: with_first_call(message, work),
+            )
+        )
         metrics = PlatformMetrics(server.metrics, lambda: _queues(core, host, work))
 
         def committed(records: Sequence[AnyRecord]) -> None:

@@ -2,7 +2,8 @@
 
 Reads `Turn.Accepted`, `Conversation.TurnActivated`, `Turn.ToolCalled` and what ends a turn; asks for `StartModelCall`,
 `CompleteModelCall` and their kin. Safe to replay: what a turn needs next follows from its events alone, and the claim
-is decided under the log's lock.
+is decided under the log's lock. Where messages are accepted by the worker's own process, the first model call is
+claimed together with the message (`with_first_call`).
 """
 
 from __future__ import annotations
@@ -11,18 +12,33 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from datetime import timedelta
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from functools import partial
 from hashlib import sha256
 
 from commands.bus import LATEST
-from commands.turn import AbandonModelCall, CompleteModelCall, EndOverdueTurn, FailModelCall, StartModelCall
-from domain.conversation import Conversation
+from commands.turn import (
+    AbandonModelCall,
+    CompleteModelCall,
+    EndOverdueTurn,
+    FailModelCall,
+    FirstCall,
+    ModelCallPlan,
+    SendMessage,
+    StartModelCall,
+)
+from domain.agent import Agent
+from domain.configuration import Settings
+from domain.conversation import FIRST_MESSAGE_VERSION, Conversation
 from domain.crash_points import crash_point
 from domain.errors import Refusal
+from domain.event_log import LogUnavailable
 from domain.ids import TurnId, UserId, derived
 from domain.ports import (
     Effect,
+    Message,
+    ModelCard,
     ModelErrorClass,
     ModelFault,
     ModelReply,
@@ -31,10 +47,22 @@ from domain.ports import (
     ToolRequest,
     ToolSpec,
 )
-from domain.prompt import digest_of, messages_of
-from domain.turn import Answer, AskedTool, AskModel, GiveUp, RunTools, Turn, call_of, next_action
+from domain.prompt import digest_of, first_messages_of, messages_of
+from domain.turn import (
+    Answer,
+    AskedTool,
+    AskModel,
+    Await,
+    GiveUp,
+    OpenCall,
+    RunTools,
+    Turn,
+    call_of,
+    next_action,
+)
 from schemas.codec import storable, storable_json
 from schemas.records import AnyRecord
+from stream_processors.history import NO_PAST, Past
 from stream_processors.processor import Processor, Work
 from stream_processors.tool_calls import agent_of, run_tool
 
@@ -45,8 +73,10 @@ agent_turns = Processor("agent_turns")
 
 @agent_turns.on(Turn.Accepted)
 async def accepted(record: AnyRecord, work: Work) -> None:
-    if not record.event.queued and not record.event.invoked:
-        await step(TurnId(record.stream_id), UserId(record.tenant_id), work, record.stream_version)
+    if record.event.queued or record.event.invoked:
+        return
+    turn_id, tenant_id, version = TurnId(record.stream_id), UserId(record.tenant_id), record.stream_version
+    await step(turn_id, tenant_id, work, version, is_new=True)
 
 
 @agent_turns.on(Conversation.TurnActivated)
@@ -70,8 +100,13 @@ async def ended_early(record: AnyRecord, work: Work) -> None:
     work.stop_turn(record.stream_id)
 
 
-async def step(turn_id: TurnId, tenant_id: UserId, work: Work, version: int = 1) -> None:
-    """Do what the turn needs next, as of `version` of its stream or later, if it is ours to do."""
+async def step(
+    turn_id: TurnId, tenant_id: UserId, work: Work, version: int = 1, *, is_new: bool = False
+) -> None:
+    """Do what the turn needs next, as of `version` of its stream or later, if it is ours to do.
+
+    `is_new`: nobody but us has seen it yet, so that a model call claimed for us has not been begun.
+    """
     if turn_id in work.running:
         return
     try:
@@ -86,6 +121,8 @@ async def step(turn_id: TurnId, tenant_id: UserId, work: Work, version: int = 1)
             case GiveUp() | Answer():
                 ending = EndOverdueTurn(tenant_id=tenant_id, turn_id=turn_id)
                 await work.ask(ending, derived(turn_id, "end_overdue", turn.version), turn_id)
+            case Await() if is_new and turn.open_call and turn.open_call.worker == work.worker:
+                await _ask_claimed(turn, turn.open_call, work)
             case _:
                 pass  # somebody is at it, or it is over, or its time has not come
     except Refusal:
@@ -109,32 +146,54 @@ async def abandon(turn_id: TurnId, tenant_id: UserId, lost_worker: str, work: Wo
     await step(turn_id, tenant_id, work, LATEST)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """A model call that is ready to be claimed, and what it is then made with."""
+
+    plan: ModelCallPlan
+    card: ModelCard | None
+    settings: Settings
+    messages: tuple[Message, ...]
+    tools: Mapping[str, Tool]
+
+
+async def with_first_call(command: SendMessage, work: Work) -> SendMessage:
+    """The message with its model call, if this worker can go on with it at once: that saves a write and a wait.
+
+    Nothing is claimed by this. What does not fit when the message is decided is run as any other turn.
+    """
+    if work.model_slots.locked():
+        return command
+    try:
+        agent = await work.bus.read(Agent, command.agent_id, command.tenant_id)
+        config_version = agent.served_version(command.by_owner)
+        _, settings = agent.settings_at(config_version)
+        messages_max = 0 if command.stateless else _history_messages(settings)
+        past, message_version = NO_PAST, FIRST_MESSAGE_VERSION
+        if command.beginning != "new":
+            at_hand = work.history.at_hand(command.conversation_id, messages_max)
+            if at_hand is None:
+                return command
+            past, message_version = at_hand
+        messages = first_messages_of(past.exchanges, command.content, messages_max)
+        with_tools = settings.max_tool_iterations > 0
+        asking = await _asking(agent, config_version, past, messages, with_tools, work)
+    except (Refusal, LogUnavailable):
+        return command  # whatever is wrong is said when it is decided
+    return replace(
+        command,
+        first_call=FirstCall(
+            plan=asking.plan, config_version=config_version, message_version=message_version
+        ),
+    )
+
+
 async def _ask_model(turn: Turn, action: AskModel, work: Work) -> None:
-    agent = await agent_of(turn, work)
-    model_id, settings = agent.settings_at(turn.config_version)
-    card = await work.models.resolve(model_id)
-    tools = work.toolbox.offered(agent, settings) if action.with_tools and card and card.tools else {}
-    history_messages = settings.max_history_messages if settings.use_memory else 0
-    past = await work.history.before(turn, history_messages)
-    messages = messages_of(past.exchanges, past.question, turn, history_messages)
     await work.model_slots.acquire()
     claimed = False
     try:
-        now = work.clock()
-        deadline_at = min(now + timedelta(seconds=work.model_timeout_s), turn.limits.deadline_at)
-        start = StartModelCall(
-            tenant_id=turn.owner_id,
-            turn_id=turn.turn_id,
-            action=action,
-            provider=card.provider if card else "none",
-            model=card.name if card else f"model {model_id}",
-            worker=work.worker,
-            deadline_at=deadline_at,
-            history_versions=past.versions,
-            history_count=len(past.exchanges) * 2,
-            prompt_digest=digest_of(settings.system_prompt, messages),
-            tools_offered=tuple(tools),
-        )
+        asking = await _asking_of(turn, action, work)
+        start = StartModelCall(tenant_id=turn.owner_id, turn_id=turn.turn_id, action=action, plan=asking.plan)
         command_id = derived(turn.id, "ask", action.iteration, action.attempt, work.worker)
         outcome = await work.persist(start, command_id, turn.id, turn.limits.deadline_at)
         claimed = not outcome.seen
@@ -143,17 +202,65 @@ async def _ask_model(turn: Turn, action: AskModel, work: Work) -> None:
         if not claimed:
             work.model_slots.release()
     if claimed:
-        request = ModelRequest(
-            model=card.name if card else "",
-            system=settings.system_prompt,
-            messages=messages,
-            tools=tuple(ToolSpec(tool.name, tool.description, tool.parameters) for tool in tools.values()),
-            max_output_tokens=settings.max_output_tokens,
-            temperature=settings.temperature,
-            timeout_s=max(0.001, (deadline_at - work.clock()).total_seconds()),
-            idempotency_key=str(call_of(turn.id, action.iteration)),
-        )
-        work.spawn(turn.id, turn.id, _converse(turn, action, request, tools, work))
+        _begin(turn, action, asking, min(asking.plan.deadline_at, turn.limits.deadline_at), work)
+
+
+async def _ask_claimed(turn: Turn, call: OpenCall, work: Work) -> None:
+    """Make the model call that was claimed for this worker when the message was accepted."""
+    action = AskModel(call.iteration, call.attempt, turn.asked_with_tools, None)
+    asking = await _asking_of(turn, action, work)
+    await work.model_slots.acquire()
+    crash_point("turn.claimed")
+    _begin(turn, action, asking, call.deadline_at, work)
+
+
+async def _asking_of(turn: Turn, action: AskModel, work: Work) -> _Asking:
+    agent = await agent_of(turn, work)
+    _, settings = agent.settings_at(turn.config_version)
+    messages_max = _history_messages(settings)
+    past = await work.history.before(turn, messages_max)
+    messages = messages_of(past.exchanges, past.question, turn, messages_max)
+    return await _asking(agent, turn.config_version, past, messages, action.with_tools, work)
+
+
+async def _asking(  # noqa: PLR0913 - what a call is made of
+    agent: Agent, config_version: int, past: Past, messages: tuple[Message, ...], with_tools: bool, work: Work
+) -> _Asking:
+    model_id, settings = agent.settings_at(config_version)
+    card = await work.models.resolve(model_id)
+    tools = work.toolbox.offered(agent, settings) if with_tools and card and card.tools else {}
+    plan = ModelCallPlan(
+        provider=card.provider if card else "none",
+        model=card.name if card else f"model {model_id}",
+        worker=work.worker,
+        deadline_at=work.clock() + timedelta(seconds=work.model_timeout_s),
+        with_tools=with_tools,
+        history_versions=past.versions,
+        history_count=len(past.exchanges) * 2,
+        prompt_digest=digest_of(settings.system_prompt, messages),
+        tools_offered=tuple(tools),
+    )
+    return _Asking(plan, card, settings, messages, tools)
+
+
+def _history_messages(settings: Settings) -> int:
+    return settings.max_history_messages if settings.use_memory else 0
+
+
+def _begin(turn: Turn, action: AskModel, asking: _Asking, deadline_at: datetime, work: Work) -> None:
+    """Make a claimed call, in the background."""
+    settings = asking.settings
+    request = ModelRequest(
+        model=asking.card.name if asking.card else "",
+        system=settings.system_prompt,
+        messages=asking.messages,
+        tools=tuple(ToolSpec(tool.name, tool.description, tool.parameters) for tool in asking.tools.values()),
+        max_output_tokens=settings.max_output_tokens,
+        temperature=settings.temperature,
+        timeout_s=max(0.001, (deadline_at - work.clock()).total_seconds()),
+        idempotency_key=str(call_of(turn.id, action.iteration)),
+    )
+    work.spawn(turn.id, turn.id, _converse(turn, action, request, asking.tools, work))
 
 
 async def _converse(

@@ -56,6 +56,9 @@ class Past:
         return self.exchanges[0].asked_version, self.exchanges[-1].answered_version
 
 
+NO_PAST = Past((), "")
+
+
 class ConversationHistory:
     """The past of conversations; `observe` keeps it current with what this process commits."""
 
@@ -69,11 +72,22 @@ class ConversationHistory:
         assert turn.conversation_id is not None
         tail = self._tails.get(turn.conversation_id)
         needed = 0 if turn.stateless else messages_max
-        if tail is None or tail.version < turn.message_version or not _reaches(tail, turn, needed):
+        version = turn.message_version
+        if tail is None or tail.version < version or not _reaches(tail, version, needed):
             tail = await self._read(turn, needed)
         else:
             self._tails.move_to_end(turn.conversation_id)
-        return _past(tail, turn, needed)
+        return _past(tail, version, needed)
+
+    def at_hand(self, conversation_id: UUID, messages_max: int) -> tuple[Past, int] | None:
+        """What a message sent now would know, if that is in memory, and the version it would have; its question is "".
+
+        Others may have gone on with the conversation: the message's own version tells.
+        """
+        tail = self._tails.get(conversation_id)
+        if tail is None or not _reaches(tail, tail.version + 1, messages_max):
+            return None
+        return _past(tail, tail.version + 1, messages_max, ""), tail.version + 1
 
     def observe(self, records: Sequence[AnyRecord]) -> None:
         """Follow conversations that are at hand; take in those that begin."""
@@ -128,12 +142,12 @@ class ConversationHistory:
             self._char_count -= tail.char_count
 
 
-def _reaches(tail: _Tail, turn: Turn, needed: int) -> bool:
-    """Whether the tail goes back far enough for this turn."""
+def _reaches(tail: _Tail, message_version: int, needed: int) -> bool:
+    """Whether the tail goes back far enough for a message."""
     if tail.since <= 1:
         return True
-    earlier = sum(1 for entry in tail.entries if entry.version < turn.message_version)
-    return tail.since <= turn.message_version and earlier >= needed
+    earlier = sum(1 for entry in tail.entries if entry.version < message_version)
+    return tail.since <= message_version and earlier >= needed
 
 
 def _entry(record: AnyRecord) -> _Entry | None:
@@ -144,15 +158,15 @@ def _entry(record: AnyRecord) -> _Entry | None:
     return _Entry(record.stream_version, event.turn_id, answer, event.content or FORGOTTEN)
 
 
-def _past(tail: _Tail, turn: Turn, messages_max: int) -> Past:
-    question, exchanges = FORGOTTEN, []
+def _past(tail: _Tail, message_version: int, messages_max: int, question: str = FORGOTTEN) -> Past:
+    exchanges = []
     answers = {entry.turn_id: entry for entry in tail.entries if entry.answer}
     for entry in tail.entries:
         if entry.answer:
             continue
-        if entry.version == turn.message_version:
+        if entry.version == message_version:
             question = entry.text
-        elif entry.version < turn.message_version and (answer := answers.get(entry.turn_id)):
+        elif entry.version < message_version and (answer := answers.get(entry.turn_id)):
             exchanges.append(Exchange(entry.text, answer.text, entry.version, answer.version))
     wanted = messages_max // 2
     return Past(exchanges[-wanted:] if wanted else (), question)

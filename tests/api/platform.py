@@ -42,7 +42,7 @@ from adapters.tools.catalogue import ToolCatalogue
 from adapters.tools.tool import tool
 from adapters.webhooks import DerivedWebhookSecrets
 from api.app import create_app
-from api.server import Check, Limits, NumberedModel, Server
+from api.server import Check, Limits, NumberedModel, Prepare, Server, as_it_is
 from commands.bus import Bus
 from commands.command import Rules
 from domain.event_log import LockedLog, LogUnavailable, StoredEvent
@@ -71,6 +71,7 @@ from schemas.codec import type_of
 from schemas.records import AnyRecord, Records
 from schemas.topics import LOG, TURN_STREAM, work_topic
 from schemas.turn_feed import TurnFeed
+from stream_processors.agent_turns import with_first_call
 from stream_processors.faust_app import FaustHost, Names
 from stream_processors.history import ConversationHistory
 from stream_processors.processor import Processor, WayOut, Work
@@ -232,6 +233,7 @@ class _Layout:
     tasks: list[Coroutine[Any, Any, None]]
     works: list[Work]
     heard: list[Callable[[Sequence[AnyRecord]], None]]
+    prepare: Prepare
 
 
 def _parts(log: Breakable, pool: Pool, closing: AsyncExitStack) -> _Parts:
@@ -267,7 +269,7 @@ def _embedded(parts: _Parts) -> _Layout:
     bus.on_commit = committed
     tasks = [projector.run(), host.run(), sweeper.beat(), sweeper.run()]
     db = ReadSide(parts.pool, deadline, projector.caught_up)
-    return _Layout(bus, db, feed, tasks, [work], [])
+    return _Layout(bus, db, feed, tasks, [work], [], lambda message: with_first_call(message, work))
 
 
 async def _over_kafka(parts: _Parts, database_url: str, broker: str, closing: AsyncExitStack) -> _Layout:
@@ -325,7 +327,7 @@ async def _over_kafka(parts: _Parts, database_url: str, broker: str, closing: As
     ]
     tasks += [task for _, own in workers for task in own]
     db = ReadSide(parts.pool, deadline, CheckpointWatch(parts.pool, deadline))
-    return _Layout(bus, db, feed, tasks, [work for work, _ in workers], heard)
+    return _Layout(bus, db, feed, tasks, [work for work, _ in workers], heard, as_it_is)
 
 
 async def _worker(
@@ -381,6 +383,7 @@ def _server(parts: _Parts, layout: _Layout, base_url: str, passwords: Argon2Pass
         signing_key=SIGNING_KEY,
         next_agent_number=next_number,
         ready=ready,
+        prepare=layout.prepare,
         limits=Limits(sync_timeout_s=3.0, heartbeat_s=1.0),
         version="0.0.0",
     )

@@ -32,14 +32,18 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"stream_processors.sweeper.{name}", seconds)
 
 
-@pytest.fixture
-async def staged() -> AsyncIterator[Staged]:
-    """Makes the stage; what must be true of it is checked in the end."""
+@pytest.fixture(params=[False, True], ids=["claimed when heard of", "claimed with the message"])
+async def staged(request: pytest.FixtureRequest) -> AsyncIterator[Staged]:
+    """Makes the stage; what must be true of it is checked in the end.
+
+    A turn is taken up by the worker that hears of it, or by the process that accepts it.
+    """
     stages: list[Stage] = []
 
     def make(*what: ScriptedModels | CountedTool) -> Stage:
         models = next((each for each in what if isinstance(each, ScriptedModels)), ScriptedModels())
         stage = Stage(models, *(each for each in what if isinstance(each, CountedTool)))
+        stage.at_once = request.param
         stages.append(stage)
         return stage
 

@@ -37,7 +37,7 @@ from domain.ports import (
 from domain.turn import Turn
 from oshaani.processor_host import ProcessorHost
 from schemas.records import AnyRecord, Records
-from stream_processors.agent_turns import agent_turns
+from stream_processors.agent_turns import agent_turns, with_first_call
 from stream_processors.credit_debits import credit_debits
 from stream_processors.history import ConversationHistory
 from stream_processors.processor import Processor, Work, handlers_of
@@ -216,6 +216,7 @@ class Stage:
         self.owner: Owner
         self.sent: list[TurnId] = []
         self.settings: Rules = rules()
+        self.at_once = False  # whether messages come with their first model call
 
     def worker(
         self, name: str = "", model_timeout_s: float = 5.0, processors: Sequence[Processor] = PROCESSORS
@@ -242,6 +243,8 @@ class Stage:
 
     async def send(self, content: str = "Is it so?", **changes: Any) -> SendMessage:
         command = self.owner.message(content, **changes)
+        if self.at_once and self.workers[0].delivers:
+            command = await with_first_call(command, self.workers[0].work)
         await self.bus.execute(command, by=BY)
         self.sent.append(command.turn_id)
         return command
