@@ -50,7 +50,8 @@ _EVENT_COLUMNS = (
     "shard, position, tenant_id, stream_id, stream_version, type, schema_version, payload, personal, subject_id,"
     " command_id, correlation_id, causation_id, actor, traceparent, recorded_at"
 )
-# Heads, newer events, snapshots and streams in one statement see one instant.
+# Heads, newer events, snapshots and streams in one statement see one instant. Each LIMIT is there to make the planner
+# look up what is asked for, whatever it believes about the tables: without one it may join with all of a shard's events.
 # Kind 0: a head; 1: newer; 2: the snapshot of a stream (its schema as `type`, its state as `payload`); 3: of a stream.
 _SYNC = f"""
     SELECT 0 AS what, s.shard, s.head AS position, NULL::uuid AS tenant_id, NULL::uuid AS stream_id,
@@ -61,14 +62,18 @@ _SYNC = f"""
     UNION ALL
     SELECT 1, e.* FROM unnest(%b, %b) h(shard, head)
       JOIN shard s ON s.shard = h.shard AND s.head > h.head AND s.head - h.head <= {SYNC_EVENTS_MAX}
-     CROSS JOIN LATERAL (SELECT {_EVENT_COLUMNS} FROM event WHERE shard = h.shard AND position > h.head) e
+     CROSS JOIN LATERAL (SELECT {_EVENT_COLUMNS} FROM event
+                          WHERE shard = h.shard AND position > h.head
+                          ORDER BY position LIMIT {SYNC_EVENTS_MAX}) e
     UNION ALL
     SELECT 2, n.shard, 0, n.tenant_id, n.stream_id, n.stream_version, n.schema, 0, n.state, NULL, NULL, NULL, NULL,
            NULL, NULL, NULL, NULL
-      FROM unnest(%b, %b) w(shard, stream_id) JOIN snapshot n USING (shard, stream_id)
+      FROM unnest(%b, %b) w(shard, stream_id)
+     CROSS JOIN LATERAL (SELECT * FROM snapshot WHERE shard = w.shard AND stream_id = w.stream_id LIMIT 1) n
     UNION ALL
     SELECT 3, e.* FROM unnest(%b, %b) w(shard, stream_id)
-      LEFT JOIN snapshot n USING (shard, stream_id)
+      LEFT JOIN LATERAL (SELECT stream_version FROM snapshot
+                          WHERE shard = w.shard AND stream_id = w.stream_id LIMIT 1) n ON true
      CROSS JOIN LATERAL (SELECT {_EVENT_COLUMNS} FROM event
                           WHERE shard = w.shard AND stream_id = w.stream_id
                             AND stream_version > coalesce(n.stream_version, 0)
@@ -77,7 +82,8 @@ _SYNC = f"""
 """
 _COMMANDS = """
     SELECT c.shard, c.command_id, c.tenant_id, c.type, c.actor, c.digest, c.outcome, c.remembered, c.position, c.result
-      FROM unnest(%b, %b) k(shard, id) JOIN command c ON c.shard = k.shard AND c.command_id = k.id
+      FROM unnest(%b, %b) k(shard, id)
+     CROSS JOIN LATERAL (SELECT * FROM command WHERE shard = k.shard AND command_id = k.id LIMIT 1) c
 """
 _READ_AFTER = f"""
     SELECT e.* FROM unnest(%b, %b) c(shard, position)
