@@ -314,7 +314,7 @@ async def serve(dsn: str, servers: str, topic: str) -> None:
     async with open_pool(dsn, 2) as pool:
         options = RelayOptions(firehose=topic)
         relay = Relay(log, PostgresLeases(pool), KafkaConfig.at(servers), "bench/1", {}, options)
-        hints.on_hint(lambda heads: relay.wake())
+        hints.on_hint(lambda hint: relay.wake())
         await asyncio.gather(hints.run(), relay.run())
 
 

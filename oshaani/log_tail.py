@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from uuid import UUID
 
 from domain.event_log import EventLog, LogUnavailable, StoredEvent
 from domain.ids import SHARDS
 from schemas.codec import EVENT_TYPES
+from schemas.hints import Hint
 from schemas.records import AnyRecord, Record, Records
 
 log_of = logging.getLogger(__name__)
@@ -22,17 +24,20 @@ PAUSE_S = 0.5  # while the log cannot be reached
 
 
 class LogTail:
-    """Follows the log from where it is at the start. Personal text is opened of rows for which `personal` is true."""
+    """Follows the log from where it is at the start, and at once when a hint names a turn that `is_followed`.
+
+    Personal text is opened of the rows of such turns only.
+    """
 
     def __init__(
         self,
         log: EventLog,
         records: Records,
         on_foreign: Callable[[Sequence[AnyRecord]], None],
-        personal: Callable[[StoredEvent], bool],
+        is_followed: Callable[[UUID], bool],
     ) -> None:
         self._log, self._records = log, records
-        self._on_foreign, self._personal = on_foreign, personal
+        self._on_foreign, self._is_followed = on_foreign, is_followed
         self._seen: dict[int, int] = {}
         self._ours: set[tuple[int, int]] = set()  # committed by this process behind what it has not read yet
         self._wake = asyncio.Event()
@@ -49,9 +54,10 @@ class LogTail:
                 self._ours.add((record.shard, record.position))
                 self._wake.set()
 
-    def hint(self, heads: Mapping[int, int]) -> None:
-        """The log has grown to these heads."""
-        if any(head > self._seen.get(shard, 0) for shard, head in heads.items()):
+    def hint(self, hint: Hint) -> None:
+        """The log has grown."""
+        is_urgent = hint.turns is None or any(map(self._is_followed, hint.turns))
+        if is_urgent and any(head > self._seen.get(shard, 0) for shard, head in hint.heads.items()):
             self._wake.set()
 
     async def run(self) -> None:
@@ -71,7 +77,7 @@ class LogTail:
         rows = await self._log.read_after(self._seen, PAGE)
         rows = [row for row in rows if row.position > self._seen[row.shard]]
         foreign = [
-            row if self._personal(row) else row._replace(personal=None)
+            row if self._is_personal(row) else row._replace(personal=None)
             for row in rows
             if (row.shard, row.position) not in self._ours
         ]
@@ -81,6 +87,9 @@ class LogTail:
             self._seen[row.shard] = max(self._seen[row.shard], row.position)
             self._ours.discard((row.shard, row.position))
         return len(rows)
+
+    def _is_personal(self, row: StoredEvent) -> bool:
+        return self._is_followed(row.stream_id) or self._is_followed(row.correlation_id)
 
     async def _pause(self) -> None:
         try:

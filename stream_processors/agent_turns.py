@@ -76,7 +76,8 @@ async def accepted(record: AnyRecord, work: Work) -> None:
     if record.event.queued or record.event.invoked:
         return
     turn_id, tenant_id, version = TurnId(record.stream_id), UserId(record.tenant_id), record.stream_version
-    await step(turn_id, tenant_id, work, version, is_new=True)
+    if not work.taken_up.remove(turn_id, version):
+        await step(turn_id, tenant_id, work, version, is_new=True)
 
 
 @agent_turns.on(Conversation.TurnActivated)
@@ -86,7 +87,8 @@ async def activated(record: AnyRecord, work: Work) -> None:
 
 @agent_turns.on(Turn.ToolCalled, Turn.ToolCallOutcomeUnknown)
 async def tool_called(record: AnyRecord, work: Work) -> None:
-    await step(TurnId(record.stream_id), UserId(record.tenant_id), work, record.stream_version)
+    if not work.taken_up.remove(record.stream_id, record.stream_version):
+        await step(TurnId(record.stream_id), UserId(record.tenant_id), work, record.stream_version)
 
 
 @agent_turns.on(Turn.ModelCallFailed)
@@ -98,6 +100,14 @@ async def model_call_failed(record: AnyRecord, work: Work) -> None:
 @agent_turns.on(Turn.Cancelled, Turn.TimedOut)
 async def ended_early(record: AnyRecord, work: Work) -> None:
     work.stop_turn(record.stream_id)
+
+
+async def take_up(turn_id: TurnId, tenant_id: UserId, version: int, work: Work) -> None:
+    """Begin a step that was heard of before its record has come, which makes sure."""
+    if not work.model_slots.locked():
+        await step(turn_id, tenant_id, work, version)
+        if turn_id in work.running:
+            work.taken_up.add(turn_id, version)
 
 
 async def step(

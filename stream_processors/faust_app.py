@@ -166,6 +166,10 @@ class FaustHost:
             self._waits_for,
         )
 
+    def serves(self, shard: int) -> bool:
+        """Whether the records of a shard come to this worker, as far as it knows."""
+        return not self._draining and self._partition_of(shard) in self.runner.pool.partitions
+
     def ready(self) -> bool:
         """Whether it takes part in its group; without a partition too, when there are fewer than workers."""
         return not self._waits_for

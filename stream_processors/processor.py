@@ -104,6 +104,25 @@ class Erasing:
     sessions: Sessions
 
 
+class TakenUp:
+    """Steps of turns that were taken before their records came: turn and version. The latest of them are known."""
+
+    COUNT_MAX = 10_000
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[UUID, int], None] = {}
+
+    def add(self, turn_id: UUID, version: int) -> None:
+        """The step is taken."""
+        self._known[turn_id, version] = None
+        if len(self._known) > self.COUNT_MAX:
+            del self._known[next(iter(self._known))]
+
+    def remove(self, turn_id: UUID, version: int) -> bool:
+        """Whether the step of a record was taken before; once."""
+        return self._known.pop((turn_id, version), self) is None
+
+
 @dataclass(slots=True)
 class Work:
     """What processors use: one for each worker process."""
@@ -121,6 +140,7 @@ class Work:
     out: WayOut | None = None  # without one, this worker leaves callbacks to others
     erasing: Erasing | None = None  # without it, erasures are left to others
     running: dict[UUID, Running] = field(default_factory=dict)
+    taken_up: TakenUp = field(default_factory=lambda: TakenUp())
     retry_at: Callable[[datetime], None] = lambda at: None
     publication: Publication | None = None  # of workers that publish
     usage_rows: UsageRows | None = None  # of the worker that watches usage

@@ -39,10 +39,11 @@ async def publish(record: AnyRecord, work: Work) -> Awaitable[None]:
     publication = work.publication
     assert publication is not None, "this worker was given nothing to publish with"
     messages: list[PublicMessage] = []
+    has_balance = _is_new_balance(record, publication)
     if is_public(EVENT_TYPES[record.type]):
         messages = await _messages(record, publication)
     acknowledged = await publication.publisher.send(messages)
-    return _finish(record, work, publication, acknowledged)
+    return _finish(record, work, publication, acknowledged, has_balance)
 
 
 async def _messages(record: AnyRecord, publication: Publication) -> list[PublicMessage]:
@@ -60,7 +61,7 @@ async def _messages(record: AnyRecord, publication: Publication) -> list[PublicM
 
 
 async def _finish(
-    record: AnyRecord, work: Work, publication: Publication, acknowledged: Awaitable[None]
+    record: AnyRecord, work: Work, publication: Publication, acknowledged: Awaitable[None], has_balance: bool
 ) -> None:
     """The part that nothing has to wait for: acknowledgements, the command, and states that are read first."""
     await acknowledged
@@ -80,7 +81,7 @@ async def _finish(
         await (await publication.publisher.send([publication.events.of_fact(accepted, record)]))
     if isinstance(record.event, Agent.Event):
         await _publish_agent(record, work, publication)
-    elif isinstance(record.event, CreditAccount.Moved):
+    elif has_balance:
         await _publish_latest_balance(record, publication)
 
 
@@ -137,9 +138,15 @@ def _tool_called(record: AnyRecord, event: Turn.ToolCalled, turn: TurnFacts) -> 
 # --- states
 
 
+def _is_new_balance(record: AnyRecord, publication: Publication) -> bool:
+    return isinstance(record.event, CreditAccount.Moved) and not publication.is_published(
+        record.stream_id, record.stream_version
+    )
+
+
 def _balance(record: AnyRecord, publication: Publication) -> list[PublicMessage]:
     """The balance after a movement, unless a later one has been handed out here."""
-    if publication.is_published(record.stream_id, record.stream_version):
+    if not _is_new_balance(record, publication):
         return []
     publication.note(record.stream_id, record.stream_version)
     return [publication.events.of_balance(balance_of(record), record)]

@@ -26,6 +26,7 @@ COMMANDS_MAX = 20_000
 STATES_MAX = 50_000
 STREAM_EVENTS_MAX = 1_000  # of a turn; it has fewer than a hundred
 LOOKUPS_MAX = 200  # commands asked for at once
+GATHER_S = 0.05  # how long they wait for each other
 MOVEMENT_FIRST = 8  # events of an account among which its last movement nearly always is
 # Half of what it takes a group to give a silent worker's records to another one.
 LATE = timedelta(seconds=5)
@@ -154,8 +155,8 @@ class _Commands:
         return self._known.get(command_id)
 
     async def _look_up(self) -> None:
-        # Whoever is about to ask has done so after this.
-        await asyncio.sleep(0)
+        # Nobody is in a hurry, and many together cost little more than one.
+        await asyncio.sleep(GATHER_S)
         wanted, self._wanted, self._lookup = self._wanted, {}, None
         asked = [(shard, command_id) for command_id, shard in wanted.items()]
         for first in range(0, len(asked), LOOKUPS_MAX):

@@ -1,21 +1,21 @@
 """Telling other processes that the log has grown: after the commit, never in it, and nothing depends on its arrival.
 
-A hint names the shards that grew and their heads. Hints that could not be sent at once become one; those that are lost
-are made up for by whoever looks at the log by itself, a little later. On a channel of their own, processes that wait for
-the read models say so.
+Hints (`schemas.hints`) that could not be sent at once become one; those that are lost are made up for by whoever looks at
+the log by itself, a little later. Every listener of the database wakes for each, so only those listen who are in a hurry.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import psycopg
 
 from adapters.postgres.pool import connect, deadline
+from schemas.hints import Hint, News, read, written
 from schemas.records import AnyRecord
 
 log_of = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ CHECK_S = 5.0  # a silent connection is tried this often, so that a dead one is 
 # The transaction of a NOTIFY needs no disk: what it tells of is durable already.
 _PLANS = "-c synchronous_commit=off"
 
-Heads = Mapping[int, int]
 OUTAGE = (psycopg.Error, OSError, TimeoutError)
 
 
@@ -36,18 +35,16 @@ class Hints:
 
     def __init__(self, dsn: str, channel: str = CHANNEL) -> None:
         self._dsn, self._channel = dsn, channel
-        self._told: dict[int, int] = {}
-        self._news = asyncio.Event()
-        self._listeners: list[Callable[[Heads], None]] = []
+        self._news, self._told = News(), asyncio.Event()
+        self._listeners: list[Callable[[Hint], None]] = []
 
     def tell(self, records: Sequence[AnyRecord]) -> None:
         """Say soon that these are committed. Never blocks."""
-        for record in records:
-            self._told[record.shard] = record.position
-        self._news.set()
+        self._news.add(records)
+        self._told.set()
 
-    def on_hint(self, listener: Callable[[Heads], None]) -> None:
-        """Have a function called with the shards that grew and their heads; also with this process's own."""
+    def on_hint(self, listener: Callable[[Hint], None]) -> None:
+        """Have a function called with each hint; also with this process's own."""
         self._listeners.append(listener)
 
     async def run(self, *, sends: bool = True) -> None:
@@ -72,12 +69,12 @@ class Hints:
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_S):
-                    await self._news.wait()
-            self._news.clear()
-            told, self._told = self._told, {}
+                    await self._told.wait()
+            self._told.clear()
+            hint = self._news.take()
             with deadline(connection, TELL_S):
-                if told:
-                    await connection.execute("SELECT pg_notify(%s, %s)", (self._channel, _written(told)))
+                if hint is not None:
+                    await connection.execute("SELECT pg_notify(%s, %s)", (self._channel, written(hint)))
                 else:
                     await connection.execute("SELECT 1")
 
@@ -85,20 +82,9 @@ class Hints:
         await connection.execute(f"LISTEN {self._channel}".encode())
         while True:
             async for notify in connection.notifies(timeout=CHECK_S):
-                heads = _read(notify.payload)
-                for listener in self._listeners:
-                    listener(heads)
+                hint = read(notify.payload)
+                if hint is not None:
+                    for listener in self._listeners:
+                        listener(hint)
             with deadline(connection, TELL_S):
                 await connection.execute("SELECT 1")
-
-
-def _written(heads: Heads) -> str:
-    return ",".join(f"{shard}:{head}" for shard, head in heads.items())
-
-
-def _read(payload: str) -> dict[int, int]:
-    """The heads of a hint; none of what others may say on the channel."""
-    with suppress(ValueError):
-        pairs = (pair.partition(":") for pair in payload.split(","))
-        return {int(shard): int(head) for shard, _, head in pairs}
-    return {}

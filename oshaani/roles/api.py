@@ -15,7 +15,7 @@ from adapters.postgres.hints import Hints
 from adapters.postgres.pool import deadline
 from api.app import create_app
 from api.server import Check
-from domain.event_log import LogUnavailable, StoredEvent
+from domain.event_log import LogUnavailable
 from oshaani.log_tail import LogTail
 from oshaani.metrics import PlatformMetrics
 from oshaani.process import Ending, http, listening, quieten_collector
@@ -40,9 +40,6 @@ async def api(settings: Settings, dsn: str, announce: Announce) -> None:
             watch_process(server.metrics, life.role)
             metrics = PlatformMetrics(server.metrics, lambda: {"commands": core.bus.waiting})
 
-            def followed(row: StoredEvent) -> bool:
-                return feed.is_followed(row.stream_id) or feed.is_followed(row.correlation_id)
-
             def committed(records: Sequence[AnyRecord]) -> None:
                 tail.offer(records)
                 hints.tell(records)
@@ -53,11 +50,11 @@ async def api(settings: Settings, dsn: str, announce: Announce) -> None:
                 feed.publish(records)
                 app.state.on_records(records)
 
-            tail = LogTail(core.log, core.records, heard, followed)
+            tail = LogTail(core.log, core.records, heard, feed.is_followed)
             core.bus.on_commit = committed
             app = create_app(server)
             hints.on_hint(tail.hint)
-            hints.on_hint(core.bus.hint)
+            hints.on_hint(lambda hint: core.bus.hint(hint.heads))
             config = KafkaConfig.of(settings)
             parts = {
                 "hints": hints.run(),

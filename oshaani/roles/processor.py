@@ -27,8 +27,11 @@ from oshaani.wiring import PROCESSORS, Core, core_of, means_of, utc_now, work_of
 from schemas.cloud_events import CloudEvents
 from schemas.records import AnyRecord
 from schemas.topics import TURN_STREAM
+from stream_processors.agent_turns import agent_turns
 from stream_processors.analytics_app import AnalyticsHost
+from stream_processors.eager import Eager
 from stream_processors.faust_app import FaustHost
+from stream_processors.processor import Work
 from stream_processors.public_topics import public_topics
 from stream_processors.publication import Publication
 from stream_processors.runner import Supplies
@@ -41,12 +44,13 @@ log_of = logging.getLogger(__name__)
 PAUSE_S = 1.0
 DISTRIBUTED = {each.name: each for each in (*PROCESSORS, public_topics, usage_analytics)}
 PUBLISHING = (public_topics.name, usage_analytics.name)
+DECIDING = ("agent_turns", "credit_debits")  # those that decide often, on what others decide on too
 SWEEPING = ("agent_turns", "tool_calls", "notifications")  # those that take up due work
 
 
 # Those whose work nobody waits for take records together.
-GATHER_MS = {"credit_debits": 50, "notifications": 100, "public_topics": 200, "usage_analytics": 200}
-LINGER_MS = 20  # of messages for subscribers
+GATHER_MS = {"credit_debits": 50, "notifications": 100, "public_topics": 500, "usage_analytics": 500}
+LINGER_MS = 50  # of messages for subscribers
 
 # Faust tells of each of its parts that begins and ends under the name of the module that derives from it.
 TALKATIVE = ("stream_processors.faust_app", "adapters.kafka.faust_consumer")
@@ -97,7 +101,7 @@ async def processor(settings: Settings, dsn: str, announce: Announce, name: str)
             ]
 
         core.bus.on_commit = committed
-        hints.on_hint(core.bus.hint)
+        _listen(hints, name, host, work)
         await stack.enter_async_context(operators(settings, life, ready, metrics, announce))
         parts = {"hints": hints.run(), "heartbeat": sweeper.beat(), name: host.run()}
         if name in SWEEPING:
@@ -108,6 +112,15 @@ async def processor(settings: Settings, dsn: str, announce: Announce, name: str)
             await asyncio.gather(host.drain(), work.drain(DRAIN_S))
             await core.bus.drain()
     ending.check()
+
+
+def _listen(hints: Hints, name: str, host: FaustHost, work: Work) -> None:
+    """Have those told who gain by it: each listener is woken by every commit."""
+    if name in DECIDING:
+        hints.on_hint(lambda hint: work.bus.hint(hint.heads))
+    if name == agent_turns.name:
+        eager = Eager(host.serves, work)
+        hints.on_hint(lambda hint: eager.hear(hint.steps))
 
 
 @asynccontextmanager

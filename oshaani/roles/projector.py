@@ -45,7 +45,7 @@ async def projector(settings: Settings, dsn: str, announce: Announce) -> None:
         working = Working(core, KafkaConfig.of(settings), life, ProjectionMetrics(metrics))
         watch_lease(metrics, PROJECTOR_LEASE, lambda: working.epoch)
         awaited = Hints(dsn, AWAITED)
-        awaited.on_hint(lambda heads: working.hurry())
+        awaited.on_hint(lambda hint: working.hurry())
 
         async def ready() -> Sequence[Check]:
             return [await database_answers(core), working.check()]

@@ -31,7 +31,7 @@ async def relay(settings: Settings, dsn: str, announce: Announce) -> None:
         log = await stack.enter_async_context(open_log(dsn))
         hints = Hints(dsn)
         carrying = Relay(log, PostgresLeases(pool), KafkaConfig.of(settings), life.name, work_types())
-        hints.on_hint(lambda heads: carrying.wake())
+        hints.on_hint(lambda hint: carrying.wake())
         metrics, heads = CollectorRegistry(), LogHeads(log)
         watch_relay(metrics, carrying, lambda: heads.latest)
 

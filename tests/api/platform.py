@@ -45,7 +45,7 @@ from api.app import create_app
 from api.server import Check, Limits, NumberedModel, Prepare, Server, as_it_is
 from commands.bus import Bus
 from commands.command import Rules
-from domain.event_log import LockedLog, LogUnavailable, StoredEvent
+from domain.event_log import LockedLog, LogUnavailable
 from domain.plans import plans_with
 from domain.ports import (
     Effect,
@@ -71,7 +71,8 @@ from schemas.codec import type_of
 from schemas.records import AnyRecord, Records
 from schemas.topics import LOG, TURN_STREAM, work_topic
 from schemas.turn_feed import TurnFeed
-from stream_processors.agent_turns import with_first_call
+from stream_processors.agent_turns import agent_turns, with_first_call
+from stream_processors.eager import Eager
 from stream_processors.faust_app import FaustHost, Names
 from stream_processors.history import ConversationHistory
 from stream_processors.processor import Processor, WayOut, Work
@@ -290,15 +291,12 @@ async def _over_kafka(parts: _Parts, database_url: str, broker: str, closing: As
         for listener in heard:
             listener(records)
 
-    def followed(row: StoredEvent) -> bool:
-        return feed.is_followed(row.stream_id) or feed.is_followed(row.correlation_id)
-
     def committed(batch: Sequence[AnyRecord]) -> None:
         tail.offer(batch)
         hints.tell(batch)
         feed.publish(batch)
 
-    tail = LogTail(parts.log, parts.records, hear, followed)
+    tail = LogTail(parts.log, parts.records, hear, feed.is_followed)
     bus.on_commit = committed
     leases = PostgresLeases(parts.pool)
     types = {
@@ -311,9 +309,10 @@ async def _over_kafka(parts: _Parts, database_url: str, broker: str, closing: As
     async def project(values: Sequence[bytes]) -> None:
         await runner.offer_rows([wire.unpack(value) for value in values])
 
-    for listener in (tail.hint, bus.hint, lambda heads: relay.wake()):
-        hints.on_hint(listener)
-    awaited.on_hint(lambda heads: runner.hurry())
+    hints.on_hint(tail.hint)
+    hints.on_hint(lambda hint: bus.hint(hint.heads))
+    hints.on_hint(lambda hint: relay.wake())
+    awaited.on_hint(lambda hint: runner.hurry())
     tasks = [
         *(hints.run(), awaited.run(), tail.run(), relay.run(), runner.run()),
         follow_topic(config, "tests-api", stream.name, feed.take),
@@ -345,11 +344,14 @@ async def _worker(
     await log.open()
     closing.push_async_callback(log.close)
     bus = Bus(log, parts.records, parts.rules, on_commit=hints.tell)
-    hints.on_hint(bus.hint)
+    hints.on_hint(lambda hint: bus.hint(hint.heads))
     work = parts.work(f"{processor.name}-1/1", bus, feed)
     supplies = Supplies(work, log, parts.records, MemoryParkedRecords())
     names = Names(topic, f"{topic}.group", f"{topic}.dlq")
     host, sweeper = FaustHost(processor, supplies, WorkerKafka(config), names=names), Sweeper(log, work)
+    if processor is agent_turns:
+        eager = Eager(host.serves, work)
+        hints.on_hint(lambda hint: eager.hear(hint.steps))
     return work, [host.run(), sweeper.beat(), sweeper.run()]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from adapters.memory.event_log import MemoryEventLog
 from commands.bus import Bus
-from domain.event_log import LogUnavailable, StoredEvent
+from domain.event_log import LogUnavailable
 from oshaani.log_tail import LogTail
+from schemas.hints import Hint
 from schemas.records import AnyRecord, Records
 from tests.commands.write_side import Owner, memory_records, rules, signed_up
 
@@ -25,11 +26,11 @@ class Process:
         self,
         log: MemoryEventLog,
         records: Records,
-        personal: Callable[[StoredEvent], bool] = lambda row: True,
+        is_followed: Callable[[UUID], bool] = lambda turn_id: True,
     ) -> None:
         self.heard: list[AnyRecord] = []
         self.own: list[AnyRecord] = []
-        self.tail = LogTail(log, records, self.heard.extend, personal)
+        self.tail = LogTail(log, records, self.heard.extend, is_followed)
         self.bus = Bus(log, records, rules(), on_commit=self._committed)
 
     def _committed(self, records: list[AnyRecord]) -> None:
@@ -99,7 +100,7 @@ async def test_what_was_there_before_is_not_told():
 async def test_personal_text_is_opened_only_where_somebody_wants_it():
     log, records = MemoryEventLog(), memory_records()
     wanted = Process(log, records)
-    unwanted = Process(log, records, personal=lambda row: False)
+    unwanted = Process(log, records, is_followed=lambda turn_id: False)
     there = Process(log, records)
     async with following(wanted), following(unwanted):
         await talk(await signed_up(there.bus), there.bus, 1)
@@ -110,6 +111,23 @@ async def test_personal_text_is_opened_only_where_somebody_wants_it():
 
     assert contents(wanted) == ["Is it so?"]
     assert contents(unwanted) == [None]
+
+
+async def test_only_a_hint_about_a_turn_that_is_followed_is_acted_on_at_once():
+    log, records, followed = MemoryEventLog(), memory_records(), uuid4()
+    here = Process(log, records, is_followed=lambda turn_id: turn_id == followed)
+    async with following(here):
+
+        def is_woken(turns: frozenset[UUID] | None, head: int = 7) -> bool:
+            here.tail._wake.clear()
+            here.tail.hint(Hint({3: head}, turns, ()))
+            return here.tail._wake.is_set()
+
+        assert not is_woken(frozenset({uuid4()}))
+        assert not is_woken(frozenset())
+        assert is_woken(frozenset({uuid4(), followed}))
+        assert is_woken(None)
+        assert not is_woken(frozenset({followed}), head=0)
 
 
 async def test_an_outage_of_the_log_loses_nothing():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ import psycopg
 
 from adapters.postgres import hints as hints_module
 from adapters.postgres.hints import CHANNEL, Hints
+from schemas.hints import Hint
 
 PATIENCE_S = 10.0
 LOOK_S = 0.01
@@ -25,8 +26,8 @@ class Ear:
         self.heads: dict[int, int] = {}
         self.count = 0
 
-    def __call__(self, heads: Mapping[int, int]) -> None:
-        self.heads.update(heads)
+    def __call__(self, hint: Hint) -> None:
+        self.heads.update(hint.heads)
         self.count += 1
 
 
@@ -49,7 +50,7 @@ async def eventually(happened: Callable[[], bool], again: Callable[[], Any] = la
 
 
 def committed(shard: int, position: int) -> Any:
-    return SimpleNamespace(shard=shard, position=position)
+    return SimpleNamespace(shard=shard, position=position, event=None)
 
 
 async def test_another_process_hears_which_shards_grew(database_url: str):

@@ -1,0 +1,39 @@
+"""Turns are taken up as soon as a hint tells of them; their records come a little later, and find that done.
+
+A hint may be lost, late, or wrong about whose turn it is: the records and the due rows make sure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from domain.ids import TurnId, UserId, shard_of
+from schemas.hints import Step
+from stream_processors.agent_turns import take_up
+from stream_processors.processor import Work
+
+log_of = logging.getLogger(__name__)
+
+
+class Eager:
+    """Hears of steps for `agent_turns`. `serves` says whether the records of a shard come to this worker."""
+
+    def __init__(self, serves: Callable[[int], bool], work: Work) -> None:
+        self._serves, self._work = serves, work
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def hear(self, steps: Sequence[Step]) -> None:
+        """Take those that are ours, in the background."""
+        for turn_id, tenant_id, version in steps:
+            if self._serves(shard_of(UserId(tenant_id))):
+                taking = take_up(TurnId(turn_id), UserId(tenant_id), version, self._work)
+                task = asyncio.create_task(taking)
+                self._tasks.add(task)
+                task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            log_of.info("a turn waits for its record: %r", failure)

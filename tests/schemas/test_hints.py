@@ -1,0 +1,96 @@
+"""A hint names what is worth hearing of at once, and always fits."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters.memory.event_log import MemoryEventLog
+from commands.bus import Bus
+from domain.ids import SHARDS, shard_of
+from domain.turn import Turn
+from schemas.hints import NAMED_MAX, Hint, News, Step, read, written
+from schemas.records import AnyRecord
+from tests.commands.write_side import BY, memory_records, rules, signed_up
+
+NOTIFICATION_BYTES_MAX = 8_000
+_heads = st.dictionaries(st.integers(0, SHARDS - 1), st.integers(1, 2**62), min_size=1)
+_steps = st.builds(Step, st.uuids(), st.uuids(), st.integers(1, 10_000))
+_hints = st.builds(
+    Hint,
+    _heads,
+    st.none() | st.frozensets(st.uuids(), max_size=NAMED_MAX),
+    st.lists(_steps, max_size=NAMED_MAX).map(tuple),
+)
+
+
+async def committed(*changes: dict[str, object]) -> list[AnyRecord]:
+    """What messages leave behind."""
+    told: list[AnyRecord] = []
+    bus = Bus(MemoryEventLog(), memory_records(), rules())
+    owner = await signed_up(bus)
+    bus.on_commit = told.extend
+    for change in changes:
+        await bus.execute(owner.message(**change), by=BY)
+    return told
+
+
+def news_of(*batches: list[AnyRecord]) -> Hint | None:
+    news = News()
+    for batch in batches:
+        news.add(batch)
+    return news.take()
+
+
+@given(_hints)
+def test_what_is_read_is_what_was_written(hint: Hint) -> None:
+    assert read(written(hint)) == hint
+
+
+def test_nothing_is_read_of_what_others_say() -> None:
+    assert [read(text) for text in ("", "nonsense", "0:0", "{}", "é", written(Hint({}, None, ()))[:-1])] == [
+        None
+    ] * 6
+
+
+def test_the_longest_hint_fits_into_a_notification() -> None:
+    steps = tuple(Step(uuid4(), uuid4(), 2**31) for _ in range(NAMED_MAX))
+    turns = frozenset(uuid4() for _ in range(NAMED_MAX))
+    heads = dict.fromkeys(range(SHARDS), 2**62)
+    assert len(written(Hint(heads, turns, steps))) < NOTIFICATION_BYTES_MAX
+
+
+async def test_a_message_tells_of_its_turn_and_that_it_waits_for_a_worker() -> None:
+    records = await committed({})
+    (accepted,) = [record for record in records if isinstance(record.event, Turn.Accepted)]
+    tenant_id = accepted.tenant_id
+    assert news_of(records) == Hint(
+        {shard_of(tenant_id): records[-1].position},
+        frozenset({accepted.stream_id}),
+        (Step(accepted.stream_id, tenant_id, 1),),
+    )
+
+
+async def test_a_message_that_waits_for_another_is_nobodys_to_take_up() -> None:
+    conversation_id = uuid4()
+    named: dict[str, object] = {"conversation_id": conversation_id, "beginning": "named", "name": "thread"}
+    records = await committed(named, named)
+    hint = news_of(records)
+    assert hint is not None and hint.turns is not None
+    assert (len(hint.turns), len(hint.steps)) == (2, 1)
+
+
+async def test_news_are_told_once_and_of_many_turns_none_is_named() -> None:
+    records = await committed(*[{} for _ in range(NAMED_MAX + 1)])
+    news = News()
+    news.add(records)
+    hint = news.take()
+    assert hint is not None
+    assert (hint.turns, len(hint.steps)) == (None, NAMED_MAX)
+    assert news.take() is None
+
+
+def test_an_empty_commit_is_no_news() -> None:
+    assert news_of([]) is None
