@@ -9,7 +9,8 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -21,6 +22,8 @@ SUPERVISED = "OSHAANI_SUPERVISED"  # set for processes that must not outlive the
 PARENT_LOOK_S = 1.0
 STREAMS_S = 2  # what open HTTP streams get at the end
 CANCEL_S = 3.0
+BACKGROUND_NICE = 5
+AUTOGROUP = Path("/proc/self/autogroup")
 
 
 class PortTaken(Exception):
@@ -150,3 +153,13 @@ def quieten_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+
+
+def step_back() -> None:
+    """Have this process wait for the processor while others want it: for work that nobody waits for.
+
+    Linux shares the processor among sessions first (`sched_autogroup`), and each role has a session of its own.
+    """
+    os.nice(BACKGROUND_NICE)
+    with suppress(OSError):
+        AUTOGROUP.write_text(str(BACKGROUND_NICE))

@@ -18,6 +18,7 @@ from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssigno
 from aiokafka.errors import KafkaError
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer
 from mode.threads import WorkerThread
+from mode.utils.futures import maybe_async
 
 from adapters.kafka.clients import (
     FETCH_BYTES_MAX,
@@ -138,7 +139,7 @@ class WorkerConsumer(Consumer):
             self._gap.pop(partition, None)
 
     def _new_consumer_thread(self) -> _Thread:
-        return _Thread(self, loop=self.loop, beacon=self.beacon, Worker=_DaemonThread)
+        return _Thread(self, loop=self.loop, thread_loop=self.loop, beacon=self.beacon, Worker=_InLoop)
 
     async def perform_seek(self) -> None:
         """Begin at what is committed, or anew where the topic does not reach that far any more."""
@@ -166,6 +167,12 @@ class WorkerConsumer(Consumer):
 
 
 class _Thread(AIOKafkaConsumerThread):
+    async def call_thread(self, fun: Any, *args: Any, **kwargs: Any) -> Any:
+        return await maybe_async(fun(*args, **kwargs))
+
+    async def _gather_remaining_tasks(self) -> None:
+        """The loop's other tasks are not ours to end."""
+
     def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
         conf, consumer = self.app.conf, self.consumer
         assert isinstance(consumer, WorkerConsumer)
@@ -195,12 +202,19 @@ class _Thread(AIOKafkaConsumerThread):
         )
 
 
-class _DaemonThread(WorkerThread):
-    """Does not keep a process alive that has ended, nor its event loop waiting for long."""
+class _InLoop(WorkerThread):
+    """Stands where Faust starts a thread, and runs the consumer in the loop of everything else.
+
+    In a thread of its own each record changes threads twice, and both wait for the interpreter's lock. What is gained by
+    a thread, heartbeats while handlers keep the loop busy, is nothing to us: ours only wait.
+    """
 
     def __init__(self, service: Any, **options: Any) -> None:
         super().__init__(service, **options)
-        self.daemon = True
+        self._serving: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._serving = asyncio.get_running_loop().create_task(self.service._serve())
 
     def stop(self) -> None:
-        self.is_stopped.wait(THREAD_END_S)
+        """It has ended with the service."""

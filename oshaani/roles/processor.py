@@ -19,7 +19,7 @@ from adapters.postgres.leases import PostgresLeases
 from adapters.postgres.parked_records import PostgresParkedRecords
 from api.server import Check
 from oshaani.metrics import PlatformMetrics
-from oshaani.process import Ending, quieten_collector
+from oshaani.process import Ending, quieten_collector, step_back
 from oshaani.role_metrics import ProcessorMetrics, watch_processor
 from oshaani.roles.life import DRAIN_S, Announce, Life, database_answers, operators
 from oshaani.settings import Settings
@@ -107,11 +107,18 @@ async def processor(settings: Settings, dsn: str, announce: Announce, name: str)
         if name in SWEEPING:
             parts |= {"sweeper": sweeper.run(), "turn stream": _sent(feed, config, life)}
         async with ending.parts(parts):
-            quieten_collector()
+            _settle(name)
             await ending.wait()
             await asyncio.gather(host.drain(), work.drain(DRAIN_S))
             await core.bus.drain()
     ending.check()
+
+
+def _settle(name: str) -> None:
+    """All has begun, and takes its course."""
+    quieten_collector()
+    if name in PUBLISHING:
+        step_back()
 
 
 def _listen(hints: Hints, name: str, host: FaustHost, work: Work) -> None:
