@@ -1,9 +1,9 @@
-"""A whole turn over HTTP against a model that answers at once, beside the floor that keeps nothing.
+"""A whole turn over HTTP against a model that answers at once, beside a floor that keeps nothing and a plain peer.
 
     python -m benchmarks.turns [--turns N] [--rounds R] [--kafka]
 
 Prints p50 at one client, turns per second at 32 clients spread over 50 owners and on one, CPU per turn of ours, and
-memory; medians over the rounds, floor and product alternating. Every accepted turn is checked to be settled. With
+memory; medians over the rounds, floor, peer and product alternating. Every accepted turn is checked to be settled. With
 --kafka the product is the distributed layout, one process a role.
 """
 
@@ -183,26 +183,33 @@ def main() -> None:
     options = parser.parse_args()
     found: dict[str, list[Figures]] = {}
     with product(options.kafka) as ours, ExitStack() as stack:
-        floor_port, port, heads = free_port(), ours.port, ours.heads
+        floor_port, plain_port, port, heads = free_port(), free_port(), ours.port, ours.heads
         floor = stack.enter_context(
             program(["-m", "benchmarks.floor", str(floor_port), ours.model], {}, ours.folder / "floor.log")
         )
+        arguments = ["-m", "benchmarks.plain", str(plain_port), ours.model, ours.database]
+        plain = stack.enter_context(program(arguments, {}, ours.folder / "plain.log"))
         wait_for_port(floor_port)
+        wait_for_port(plain_port)
         floor_heads = ("POST /api/v1/chat HTTP/1.1",)
         start_mb = rss_of_ours_mb(ours.process)
+        few = options.turns // 5
         runs = (
-            ("floor c=1", floor_port, floor_heads, options.turns // 5, 1, floor),
-            ("turn c=1", port, heads, options.turns // 5, 1, ours.process),
+            ("floor c=1", floor_port, floor_heads, few, 1, floor),
+            ("plain c=1", plain_port, heads[:1], few, 1, plain),
+            ("turn c=1", port, heads, few, 1, ours.process),
             ("floor c=32", floor_port, floor_heads, options.turns, 32, floor),
+            ("plain c=32, 50 owners", plain_port, heads, options.turns, 32, plain),
             ("turn c=32, 50 owners", port, heads, options.turns, 32, ours.process),
+            ("plain c=32, one owner", plain_port, heads[:1], options.turns, 32, plain),
             ("turn c=32, one owner", port, heads[:1], options.turns, 32, ours.process),
         )
-        for run_port, run_heads in ((floor_port, floor_heads), (port, heads)):
+        for run_port, run_heads in ((floor_port, floor_heads), (plain_port, heads), (port, heads)):
             run_apart(Job("127.0.0.1", run_port, run_heads, BODY, 300, 8))
         settled(ours.database)
         for _ in range(options.rounds):
             for name, run_port, run_heads, count, clients, process in runs:
-                wait = (lambda: None) if process is floor else (lambda: settled(ours.database))
+                wait = (lambda: settled(ours.database)) if process is ours.process else (lambda: None)
                 figures = measure(run_port, run_heads, count, clients, process, wait)
                 print(f"{name:24} {json.dumps(asdict(figures))}", flush=True)  # noqa: T201
                 found.setdefault(name, []).append(figures)
