@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -199,6 +200,7 @@ def backoff_s(attempt: int, retry_after_s: float | None) -> float:
     )
 
 
+@lru_cache(4_096)
 def call_of(turn_id: UUID, iteration: int) -> CallId:
     """The id of a model call; also the provider's idempotency key, the same on every attempt."""
     return CallId(derived(turn_id, "call", iteration))

@@ -158,13 +158,29 @@ async def abandon(turn_id: TurnId, tenant_id: UserId, lost_worker: str, work: Wo
 
 @dataclass(frozen=True, slots=True)
 class _Asking:
-    """A model call that is ready to be claimed, and what it is then made with."""
+    """What a model call is made with."""
 
-    plan: ModelCallPlan
+    model_id: int
     card: ModelCard | None
     settings: Settings
+    past: Past
     messages: tuple[Message, ...]
+    with_tools: bool
     tools: Mapping[str, Tool]
+
+    def plan(self, work: Work) -> ModelCallPlan:
+        """The call as it is claimed and recorded."""
+        return ModelCallPlan(
+            provider=self.card.provider if self.card else "none",
+            model=self.card.name if self.card else f"model {self.model_id}",
+            worker=work.worker,
+            deadline_at=work.clock() + timedelta(seconds=work.model_timeout_s),
+            with_tools=self.with_tools,
+            history_versions=self.past.versions,
+            history_count=len(self.past.exchanges) * 2,
+            prompt_digest=digest_of(self.settings.system_prompt, self.messages),
+            tools_offered=tuple(self.tools),
+        )
 
 
 async def with_first_call(command: SendMessage, work: Work) -> SendMessage:
@@ -193,7 +209,7 @@ async def with_first_call(command: SendMessage, work: Work) -> SendMessage:
     return replace(
         command,
         first_call=FirstCall(
-            plan=asking.plan, config_version=config_version, message_version=message_version
+            plan=asking.plan(work), config_version=config_version, message_version=message_version
         ),
     )
 
@@ -203,7 +219,8 @@ async def _ask_model(turn: Turn, action: AskModel, work: Work) -> None:
     claimed = False
     try:
         asking = await _asking_of(turn, action, work)
-        start = StartModelCall(tenant_id=turn.owner_id, turn_id=turn.turn_id, action=action, plan=asking.plan)
+        plan = asking.plan(work)
+        start = StartModelCall(tenant_id=turn.owner_id, turn_id=turn.turn_id, action=action, plan=plan)
         command_id = derived(turn.id, "ask", action.iteration, action.attempt, work.worker)
         outcome = await work.persist(start, command_id, turn.id, turn.limits.deadline_at)
         claimed = not outcome.seen
@@ -212,7 +229,7 @@ async def _ask_model(turn: Turn, action: AskModel, work: Work) -> None:
         if not claimed:
             work.model_slots.release()
     if claimed:
-        _begin(turn, action, asking, min(asking.plan.deadline_at, turn.limits.deadline_at), work)
+        _begin(turn, action, asking, min(plan.deadline_at, turn.limits.deadline_at), work)
 
 
 async def _ask_claimed(turn: Turn, call: OpenCall, work: Work) -> None:
@@ -239,18 +256,7 @@ async def _asking(  # noqa: PLR0913 - what a call is made of
     model_id, settings = agent.settings_at(config_version)
     card = await work.models.resolve(model_id)
     tools = work.toolbox.offered(agent, settings) if with_tools and card and card.tools else {}
-    plan = ModelCallPlan(
-        provider=card.provider if card else "none",
-        model=card.name if card else f"model {model_id}",
-        worker=work.worker,
-        deadline_at=work.clock() + timedelta(seconds=work.model_timeout_s),
-        with_tools=with_tools,
-        history_versions=past.versions,
-        history_count=len(past.exchanges) * 2,
-        prompt_digest=digest_of(settings.system_prompt, messages),
-        tools_offered=tuple(tools),
-    )
-    return _Asking(plan, card, settings, messages, tools)
+    return _Asking(model_id, card, settings, past, messages, with_tools, tools)
 
 
 def _history_messages(settings: Settings) -> int:
