@@ -31,7 +31,7 @@ from schemas.topics import PROCESSORS, TOPICS
 log_of = logging.getLogger(__name__)
 
 STOP_S = 10.0  # what a process gets between SIGTERM and SIGKILL
-SETTLED_S = 10.0  # a process that lived as long is started again at once
+SETTLED_S = 3.0  # a process that lived as long had begun its work, and is started again at once
 PAUSE_FIRST_S, PAUSE_MAX_S = 0.2, 10.0
 LOOK_S = 0.1
 CONNECTIONS = 250  # to the embedded database: ten or so of each process, any of which may be started twice
