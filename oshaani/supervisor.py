@@ -60,6 +60,13 @@ def layout(first_port: int, processors: Sequence[str] = PROCESSORS) -> list[Role
     return [Role(slot, arguments, first_port + number) for number, (slot, arguments) in enumerate(slots)]
 
 
+def pause_after(lived_s: float, paused_s: float) -> float:
+    """Seconds until a process is started again that lived so long, after a pause of `paused_s` before it."""
+    if lived_s >= SETTLED_S:
+        return 0.0
+    return min(max(PAUSE_FIRST_S, paused_s * 2), PAUSE_MAX_S)
+
+
 def run_oshaani(arguments: Sequence[str]) -> None:
     """The command `oshaani`, as a process of the layout runs it."""
     from oshaani.cli import main
@@ -92,18 +99,17 @@ class Supervisor:
             await self._stop()
 
     async def _keep(self, role: Role) -> None:
-        pause_s = PAUSE_FIRST_S
+        pause_s = 0.0
         while True:
             began = time.monotonic()
             code = await self._live(role)
             if self._ending:
                 return
             lived_s = time.monotonic() - began
-            pause_s = PAUSE_FIRST_S if lived_s >= SETTLED_S else min(pause_s * 2, PAUSE_MAX_S)
+            pause_s = pause_after(lived_s, pause_s)
             cause = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             self._say(role.slot, f"ended {cause} after {lived_s:.0f} s; starting it again")
-            if lived_s < SETTLED_S:
-                await asyncio.sleep(pause_s)
+            await asyncio.sleep(pause_s)
 
     async def _live(self, role: Role) -> int:
         """One life of a process: its exit code, or minus the signal that ended it."""
