@@ -258,6 +258,7 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
         means = await stack.enter_async_context(means_of(core))
         feed = MemoryTurnFeed()
         work = work_of(core, means, f"embedded/{uuid4()}", feed)
+        work.first_calls = True
         parked = parked_records.PostgresParkedRecords(core.pool)
         host = ProcessorHost(core.log, core.records, PROCESSORS, work, parked)
         server = await stack.enter_async_context(

@@ -77,7 +77,7 @@ async def accepted(record: AnyRecord, work: Work) -> None:
         return
     turn_id, tenant_id, version = TurnId(record.stream_id), UserId(record.tenant_id), record.stream_version
     if not work.taken_up.remove(turn_id, version):
-        await step(turn_id, tenant_id, work, version, is_new=True)
+        await step(turn_id, tenant_id, work, version, is_new=work.first_calls)
 
 
 @agent_turns.on(Conversation.TurnActivated)
@@ -115,7 +115,7 @@ async def step(
 ) -> None:
     """Do what the turn needs next, as of `version` of its stream or later, if it is ours to do.
 
-    `is_new`: nobody but us has seen it yet, so that a model call claimed for us has not been begun.
+    `is_new`: this is the first that we hear of it, so that a model call claimed for us has not been begun.
     """
     if turn_id in work.running:
         return
@@ -188,7 +188,7 @@ async def with_first_call(command: SendMessage, work: Work) -> SendMessage:
 
     Nothing is claimed by this. What does not fit when the message is decided is run as any other turn.
     """
-    if work.model_slots.locked():
+    if not work.first_calls or work.model_slots.locked():
         return command
     try:
         agent = await work.bus.read(Agent, command.agent_id, command.tenant_id)

@@ -140,6 +140,7 @@ class Work:
     out: WayOut | None = None  # without one, this worker leaves callbacks to others
     erasing: Erasing | None = None  # without it, erasures are left to others
     running: dict[UUID, Running] = field(default_factory=dict)
+    first_calls: bool = False  # whether messages are accepted in this process, with their first model calls
     taken_up: TakenUp = field(default_factory=lambda: TakenUp())
     retry_at: Callable[[datetime], None] = lambda at: None
     publication: Publication | None = None  # of workers that publish

@@ -258,6 +258,7 @@ def _embedded(parts: _Parts) -> _Layout:
     bus = Bus(parts.log, parts.records, parts.rules)
     projector, feed = Runner(parts.pool, deadline, parts.log, parts.records), MemoryTurnFeed()
     work = parts.work("tests/1", bus, feed)
+    work.first_calls = True
     host = ProcessorHost(parts.log, parts.records, PROCESSORS, work, MemoryParkedRecords())
     sweeper = Sweeper(parts.log, work)
 

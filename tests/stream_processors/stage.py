@@ -171,6 +171,7 @@ class Worker:
         self.work = Work(
             name, bus, stage.models, stage.tools, self.history, self.feed, bus._clock, model_timeout_s
         )
+        self.work.first_calls = stage.at_once
         self.host = ProcessorHost(stage.log, stage.records, processors, self.work, stage.parked)
         self.sweeper = Sweeper(stage.log, self.work)
         self.tasks: list[asyncio.Task[None]] = []
@@ -243,7 +244,7 @@ class Stage:
 
     async def send(self, content: str = "Is it so?", **changes: Any) -> SendMessage:
         command = self.owner.message(content, **changes)
-        if self.at_once and self.workers[0].delivers:
+        if self.workers[0].delivers:
             command = await with_first_call(command, self.workers[0].work)
         await self.bus.execute(command, by=BY)
         self.sent.append(command.turn_id)
