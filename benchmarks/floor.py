@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import aiohttp
 import orjson
-import uvicorn
 from fastapi import FastAPI, Request, Response
+
+from benchmarks.peers import answer_with, ask, new_session, serve
 
 app = FastAPI(openapi_url=None)
 _sessions: list[aiohttp.ClientSession] = []
@@ -17,23 +16,10 @@ _sessions: list[aiohttp.ClientSession] = []
 async def chat(request: Request) -> Response:
     """Pass the message on and answer with what comes back."""
     if not _sessions:
-        _sessions.append(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=3600)))
+        _sessions.append(new_session())
     message = orjson.loads(await request.body())["message"]
-    body = orjson.dumps({"model": "fake", "messages": [{"role": "user", "content": message}]})
-    headers = {"Content-Type": "application/json"}
-    async with _sessions[0].post(sys.argv[2] + "/chat/completions", data=body, headers=headers) as answer:
-        reply = orjson.loads(await answer.read())
-    content = reply["choices"][0]["message"]["content"]
-    return Response(orjson.dumps({"response": content, "tool_calls": []}), media_type="application/json")
+    return answer_with(await ask(_sessions[0], [{"role": "user", "content": message}]))
 
 
 if __name__ == "__main__":
-    uvicorn.run(
-        app,
-        host="127.0.0.1",
-        port=int(sys.argv[1]),
-        log_config=None,
-        access_log=False,
-        loop="uvloop",
-        http="httptools",
-    )
+    serve(app)

@@ -13,11 +13,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
 
-import aiohttp
 import orjson
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from psycopg_pool import AsyncConnectionPool
+
+from benchmarks.peers import answer_with, ask, new_session, serve
 
 CONNECTIONS = 8
 _TABLES = """
@@ -50,8 +50,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         configure=_configure,
         kwargs={"autocommit": True},
     )
-    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=3600)
-    async with pool, aiohttp.ClientSession(connector=connector) as session:
+    async with pool, new_session() as session:
         async with pool.connection() as connection:
             await connection.execute(_TABLES, prepare=False)
         app.state.pool, app.state.session = pool, session
@@ -75,26 +74,12 @@ async def chat(request: Request) -> Response:
         await connection.execute(_KEEP, (conversation, "user", message))
         past = await (await connection.execute(_PAST, (conversation,))).fetchall()
     messages = [{"role": role, "content": content} for role, content in past]
-    body, headers = (
-        orjson.dumps({"model": "fake", "messages": messages}),
-        {"Content-Type": "application/json"},
-    )
-    url = sys.argv[2] + "/chat/completions"
-    async with request.app.state.session.post(url, data=body, headers=headers) as answer:
-        content = orjson.loads(await answer.read())["choices"][0]["message"]["content"]
+    content = await ask(request.app.state.session, messages)
     async with request.app.state.pool.connection() as connection, connection.transaction():
         await connection.execute(_KEEP, (conversation, "assistant", content))
         await connection.execute(_CHARGE, (key,))
-    return Response(orjson.dumps({"response": content, "tool_calls": []}), media_type="application/json")
+    return answer_with(content)
 
 
 if __name__ == "__main__":
-    uvicorn.run(
-        app,
-        host="127.0.0.1",
-        port=int(sys.argv[1]),
-        log_config=None,
-        access_log=False,
-        loop="uvloop",
-        http="httptools",
-    )
+    serve(app)

@@ -120,7 +120,9 @@ class TakenUp:
 
     def remove(self, turn_id: UUID, version: int) -> bool:
         """Whether the step of a record was taken before; once."""
-        return self._known.pop((turn_id, version), self) is None
+        was_taken = (turn_id, version) in self._known
+        self._known.pop((turn_id, version), None)
+        return was_taken
 
 
 @dataclass(slots=True)
@@ -141,7 +143,7 @@ class Work:
     erasing: Erasing | None = None  # without it, erasures are left to others
     running: dict[UUID, Running] = field(default_factory=dict)
     first_calls: bool = False  # whether messages are accepted in this process, with their first model calls
-    taken_up: TakenUp = field(default_factory=lambda: TakenUp())
+    taken_up: TakenUp = field(default_factory=TakenUp)
     retry_at: Callable[[datetime], None] = lambda at: None
     publication: Publication | None = None  # of workers that publish
     usage_rows: UsageRows | None = None  # of the worker that watches usage

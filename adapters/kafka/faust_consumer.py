@@ -22,13 +22,12 @@ from mode.utils.futures import maybe_async
 
 from adapters.kafka.clients import (
     FETCH_BYTES_MAX,
-    FETCH_WAIT_MS,
-    GATHER_BYTES,
     HEARTBEAT_MS,
     REQUEST_MS,
     SESSION_MS,
     KafkaConfig,
     open_consumer,
+    patience,
 )
 from adapters.kafka.quiet import quieten_clients
 from schemas.topics import RECORD_BYTES_MAX
@@ -38,7 +37,6 @@ log_of = logging.getLogger(__name__)
 METADATA_MS: Final = 5_000  # how late it is noticed that the topic was made anew
 POLL_RECORDS_MAX: Final = 500
 REBALANCE_MS: Final = 20_000  # what members get to let go of their partitions
-THREAD_END_S: Final = 2.0
 SEEK_S: Final = 10.0
 LOOK_S: Final = 1.0
 TWINS_S: Final = 60.0
@@ -188,8 +186,7 @@ class _Thread(AIOKafkaConsumerThread):
             auto_offset_reset=conf.consumer_auto_offset_reset,
             isolation_level="read_uncommitted",
             # Faust's own 1500 is felt by every record that comes alone.
-            fetch_max_wait_ms=consumer.gather_ms or FETCH_WAIT_MS,
-            fetch_min_bytes=GATHER_BYTES if consumer.gather_ms else 1,
+            **patience(consumer.gather_ms),
             fetch_max_bytes=FETCH_BYTES_MAX,
             max_partition_fetch_bytes=RECORD_BYTES_MAX,
             max_poll_records=POLL_RECORDS_MAX,
