@@ -66,6 +66,8 @@ def create_app(server: Server) -> FastAPI:
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
+        # The platform measures itself; the framework's own asks the environment at every request whether it shall.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     shared = Shared(server, Principals(server), HttpMetrics(server.metrics), Failures())
     listener = server.bus.on_commit

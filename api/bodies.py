@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from codecs import BOM_UTF8
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from difflib import get_close_matches
 from inspect import signature
@@ -98,14 +99,10 @@ def parsed(raw: bytes) -> Any:
     Raises:
         Problem: not JSON, or JSON that is not to be trusted.
     """
+    if raw.startswith(BOM_UTF8):
+        raise _malformed("The body begins with a byte order mark; send UTF-8 without one.")
     try:
-        value = json.loads(
-            raw.decode(),
-            object_pairs_hook=_object,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-            parse_int=_integer,
-        )
+        value = _DECODER.decode(raw.decode())
     except UnicodeDecodeError as error:
         raise _malformed(f"The body is not valid UTF-8 at byte {error.start}.") from None
     except json.JSONDecodeError as error:
@@ -264,3 +261,8 @@ def _depth(value: Any) -> int:
         depth += 1
         level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
     return depth
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
+)

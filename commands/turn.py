@@ -261,7 +261,7 @@ def send_message(command: SendMessage, write: WriteSide) -> Result:
     if command.callback_url is not None:
         _request_callback(command, agent, command.callback_url, write)
     first_call, action = command.first_call, next_action(turn, write.now)
-    if active and first_call and isinstance(action, AskModel) and _fits(first_call, turn, action):
+    if active and first_call and isinstance(action, AskModel) and fits(first_call, turn, action):
         _start_model_call(turn, action, first_call.plan, write)
     else:
         at = write.now + PICKUP if active else limits.deadline_at
@@ -425,7 +425,7 @@ def cancel_unless_over(turn_id: TurnId, reason: str, write: WriteSide) -> None:
 # --- shared --------------------------------------------------------------------------------------------------------
 
 
-def _fits(first_call: FirstCall, turn: Turn, action: AskModel) -> bool:
+def fits(first_call: FirstCall, turn: Turn, action: AskModel) -> bool:
     """Whether the turn has come out as its first call was planned for."""
     return (
         first_call.config_version == turn.config_version

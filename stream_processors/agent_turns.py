@@ -27,6 +27,7 @@ from commands.turn import (
     ModelCallPlan,
     SendMessage,
     StartModelCall,
+    fits,
 )
 from domain.agent import Agent
 from domain.configuration import Settings
@@ -76,7 +77,7 @@ async def accepted(record: AnyRecord, work: Work) -> None:
     if record.event.queued or record.event.invoked:
         return
     turn_id, tenant_id, version = TurnId(record.stream_id), UserId(record.tenant_id), record.stream_version
-    if not work.taken_up.remove(turn_id, version):
+    if not work.taken_up.take((turn_id, version)):
         await step(turn_id, tenant_id, work, version, is_new=work.first_calls)
 
 
@@ -87,7 +88,7 @@ async def activated(record: AnyRecord, work: Work) -> None:
 
 @agent_turns.on(Turn.ToolCalled, Turn.ToolCallOutcomeUnknown)
 async def tool_called(record: AnyRecord, work: Work) -> None:
-    if not work.taken_up.remove(record.stream_id, record.stream_version):
+    if not work.taken_up.take((record.stream_id, record.stream_version)):
         await step(TurnId(record.stream_id), UserId(record.tenant_id), work, record.stream_version)
 
 
@@ -107,7 +108,7 @@ async def take_up(turn_id: TurnId, tenant_id: UserId, version: int, work: Work) 
     if not work.model_slots.locked():
         await step(turn_id, tenant_id, work, version)
         if turn_id in work.running:
-            work.taken_up.add(turn_id, version)
+            work.taken_up.put((turn_id, version), True)
 
 
 async def step(
@@ -206,12 +207,11 @@ async def with_first_call(command: SendMessage, work: Work) -> SendMessage:
         asking = await _asking(agent, config_version, past, messages, with_tools, work)
     except (Refusal, LogUnavailable):
         return command  # whatever is wrong is said when it is decided
-    return replace(
-        command,
-        first_call=FirstCall(
-            plan=asking.plan(work), config_version=config_version, message_version=message_version
-        ),
+    first_call = FirstCall(
+        plan=asking.plan(work), config_version=config_version, message_version=message_version
     )
+    work.planned.put(command.turn_id, (first_call, asking))
+    return replace(command, first_call=first_call)
 
 
 async def _ask_model(turn: Turn, action: AskModel, work: Work) -> None:
@@ -235,7 +235,13 @@ async def _ask_model(turn: Turn, action: AskModel, work: Work) -> None:
 async def _ask_claimed(turn: Turn, call: OpenCall, work: Work) -> None:
     """Make the model call that was claimed for this worker when the message was accepted."""
     action = AskModel(call.iteration, call.attempt, turn.asked_with_tools, None)
-    asking = await _asking_of(turn, action, work)
+    planned: tuple[FirstCall, _Asking] | None = work.planned.take(turn.id)
+    if planned is not None and fits(planned[0], turn, action):
+        asking = planned[1]
+    else:
+        asking = await _asking_of(
+            turn, action, work
+        )  # planned for another try of the same message, or forgotten
     await work.model_slots.acquire()
     crash_point("turn.claimed")
     _begin(turn, action, asking, call.deadline_at, work)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 from uuid import UUID
 
 from commands.bus import Bus, Overloaded
@@ -40,9 +40,13 @@ from stream_processors.publication import Publication
 
 log_of = logging.getLogger(__name__)
 
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
+
 MODEL_CALLS_MAX = 256  # under way at once in one worker
 TOOL_CALLS_MAX = 64
 CALLBACKS_MAX = 64
+TAKEN_UP_MAX = 10_000  # steps of turns, by version, that were begun before their records came
 PERSIST_PAUSE_FIRST_S, PERSIST_PAUSE_MAX_S = 0.2, 2.0
 
 
@@ -104,25 +108,20 @@ class Erasing:
     sessions: Sessions
 
 
-class TakenUp:
-    """Steps of turns that were taken before their records came: turn and version. The latest of them are known."""
+class Latest(Generic[KeyT, ValueT]):
+    """What was put aside under keys, each to be taken once. Of what nobody takes, the latest `count_max` are kept."""
 
-    COUNT_MAX = 10_000
+    def __init__(self, count_max: int) -> None:
+        self._count_max = count_max
+        self._values: dict[KeyT, ValueT] = {}
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[UUID, int], None] = {}
+    def put(self, key: KeyT, value: ValueT) -> None:
+        self._values[key] = value
+        if len(self._values) > self._count_max:
+            del self._values[next(iter(self._values))]
 
-    def add(self, turn_id: UUID, version: int) -> None:
-        """The step is taken."""
-        self._known[turn_id, version] = None
-        if len(self._known) > self.COUNT_MAX:
-            del self._known[next(iter(self._known))]
-
-    def remove(self, turn_id: UUID, version: int) -> bool:
-        """Whether the step of a record was taken before; once."""
-        was_taken = (turn_id, version) in self._known
-        self._known.pop((turn_id, version), None)
-        return was_taken
+    def take(self, key: KeyT) -> ValueT | None:
+        return self._values.pop(key, None)
 
 
 @dataclass(slots=True)
@@ -143,7 +142,10 @@ class Work:
     erasing: Erasing | None = None  # without it, erasures are left to others
     running: dict[UUID, Running] = field(default_factory=dict)
     first_calls: bool = False  # whether messages are accepted in this process, with their first model calls
-    taken_up: TakenUp = field(default_factory=TakenUp)
+    planned: Latest[UUID, Any] = field(default_factory=lambda: Latest(MODEL_CALLS_MAX))  # those, by turn
+    taken_up: Latest[tuple[UUID, int], bool] = field(
+        default_factory=lambda: Latest(TAKEN_UP_MAX)
+    )  # steps begun
     retry_at: Callable[[datetime], None] = lambda at: None
     publication: Publication | None = None  # of workers that publish
     usage_rows: UsageRows | None = None  # of the worker that watches usage

@@ -20,6 +20,7 @@ MEMBERS = {"error", "detail", "code", "type", "title", "status", "instance", "re
         (b"{", 400, "malformed_json", None),
         (b"nonsense", 400, "malformed_json", None),
         (b'{"message": "\xff"}', 400, "malformed_json", None),
+        (b"\xef\xbb\xbf{}", 400, "malformed_json", None),
         (b'{"message": NaN}', 400, "malformed_json", None),
         (b'{"message": 1e999}', 400, "malformed_json", None),
         (b'{"message": ' + b"9" * 5000 + b"}", 400, "malformed_json", None),

@@ -103,6 +103,45 @@ async def test_a_plan_that_another_message_has_overtaken_is_dropped(staged: Stag
     assert [message.content for message in stage.models.requests[-1].messages][-3:] == ["one", "first", "two"]
 
 
+async def test_a_message_planned_again_is_asked_with_what_was_claimed(staged: Staged) -> None:
+    stage = await staged(ScriptedModels(one=[says("first")], two=[says("second")])).begin()
+    work, conversation_id = work_of(stage), ConversationId(uuid4())
+    named: dict[str, Any] = {"conversation_id": conversation_id, "beginning": "named", "name": "thread"}
+    await stage.ask("zero", **named)
+    message = stage.owner.message("two", **named)
+    before = await with_first_call(message, work)
+    await stage.ask("one", **named)
+    now = await with_first_call(message, work)
+    assert before.first_call and now.first_call and before.first_call != now.first_call
+    told = await execute(stage, now)
+    assert told.events(Turn.ContextAssembled)[0].prompt_digest == digest_of(
+        stage.models.requests[-1].system, stage.models.requests[-1].messages
+    )
+    assert len(stage.models.requests[-1].messages) == 5
+
+
+async def test_a_claimed_call_whose_plan_is_forgotten_or_another_one_s_is_planned_anew(
+    staged: Staged,
+) -> None:
+    stage = await staged(ScriptedModels(one=[says("first")], two=[says("second")])).begin()
+    work, conversation_id = work_of(stage), ConversationId(uuid4())
+    named: dict[str, Any] = {"conversation_id": conversation_id, "beginning": "named", "name": "thread"}
+    await stage.ask("zero", **named)
+    forgotten = await with_first_call(stage.owner.message("one", **named), work)
+    work.planned.take(forgotten.turn_id)
+    await execute(stage, forgotten)
+    message = stage.owner.message("two", **named)
+    await with_first_call(message, work)
+    stale = work.planned.take(message.turn_id)
+    await stage.ask("three", **named)
+    planned = await with_first_call(message, work)
+    work.planned.put(message.turn_id, stale)
+    told = await execute(stage, planned)
+    writers = await writers_of(stage, told)
+    assert writers["Turn.Accepted"] == writers["Turn.ModelCallStarted"]
+    assert [message.content for message in stage.models.requests[-1].messages][-3] == "three"
+
+
 async def test_a_conversation_that_is_not_at_hand_is_left_to_whoever_hears_of_it(staged: Staged) -> None:
     stage = await staged().begin()
     message = stage.owner.message(conversation_id=ConversationId(uuid4()), beginning="existing")
