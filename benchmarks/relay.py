@@ -242,7 +242,7 @@ async def appended_ms(place: Place, rate: float, seconds: float) -> list[float]:
     """Append → relay → consumer."""
     topic = await new_topic(place)
     owners, heads = tenants(), await place.log.heads()
-    hints = Hints(place.dsn)
+    hints = Hints(place.dsn, bytes(32))
     telling = asyncio.create_task(hints.run())
     await run_script(place.dsn, "DELETE FROM lease; DELETE FROM relay_mark;")
     await _mark_all(place, topic, heads)
@@ -250,9 +250,9 @@ async def appended_ms(place: Place, rate: float, seconds: float) -> list[float]:
     async def put(number: int) -> bytes:
         shard = number % SHARDS
         row = event(owners[shard], heads[shard] + 1)
-        await place.log.append(Batch({shard: heads[shard]}, [row]))
+        at = await place.log.append(Batch({shard: heads[shard]}, [row]))
         heads[shard] += 1
-        hints.tell([cast(Any, row)])
+        hints.tell([cast(Any, row)], [row._replace(recorded_at=at)])
         return row.stream_id.bytes
 
     serve = ["-m", "benchmarks.relay", "--serve", place.dsn, ",".join(place.config.bootstrap_servers), topic]
@@ -310,11 +310,11 @@ async def serve(dsn: str, servers: str, topic: str) -> None:
     """A relay, woken by hints, until this process is ended."""
     log = PostgresEventLog(dsn)
     await log.open()
-    hints = Hints(dsn)
+    hints = Hints(dsn, bytes(32))
     async with open_pool(dsn, 2) as pool:
         options = RelayOptions(firehose=topic)
         relay = Relay(log, PostgresLeases(pool), KafkaConfig.at(servers), "bench/1", {}, options)
-        hints.on_hint(lambda hint: relay.wake())
+        hints.on_hint(lambda hint: relay.wake(hint.rows))
         await asyncio.gather(hints.run(), relay.run())
 
 

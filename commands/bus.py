@@ -82,6 +82,12 @@ class Committed(Protocol):
     def __call__(self, records: Sequence[AnyRecord]) -> None: ...
 
 
+class Appended(Protocol):
+    """Is also told of the rows behind the events, as the log has them: for whoever passes them on."""
+
+    def __call__(self, records: Sequence[AnyRecord], rows: Sequence[StoredEvent]) -> None: ...
+
+
 @dataclass(slots=True)
 class Waiting:
     """A command in the queue and who waits for it."""
@@ -140,6 +146,7 @@ class Bus:
     ) -> None:
         self._log, self._records, self.rules, self._clock = log, records, rules, clock
         self.on_commit = on_commit
+        self.on_append: Appended | None = None
         self._queue: deque[Waiting] = deque()
         self._by_id: dict[int, Waiting] = {}
         self._serving: asyncio.Task[None] | None = None
@@ -220,6 +227,31 @@ class Bus:
         for shard, head in heads.items():
             if head > self._heads.get(shard, head):
                 self._stale.add(shard)
+
+    async def take_in(
+        self, heads: Mapping[int, int], rows: Sequence[StoredEvent], *, begun: bool = False
+    ) -> Sequence[AnyRecord]:
+        """Others have appended these, each shard's in order: what follows on what is known need not be looked up.
+
+        `begun`: take aggregates in that begin with them, too. `heads`: where the shards end now, as for `hint`, which is
+        what is left to do where something is missing. Returns the records that were taken in.
+        """
+        taken: Sequence[AnyRecord] = ()
+        try:
+            async with self._reading:
+                opened = await self._opened(self._following(rows), begun=begun)
+                # Nothing is awaited from here on: whoever decides knows all of it, or nothing.
+                following = self._following(rows)
+                shards = {row.shard for row in following}
+                taken = [record for record in opened if record.shard in shards]
+                self._follow(taken)
+                for row in following:
+                    self._heads[row.shard] = row.position
+        except Exception as failure:
+            # It is looked up when it matters, and says then what is wrong.
+            log_of.info("what others appended was not taken in: %r", failure)
+        self.hint(heads)
+        return taken
 
     async def drain(self) -> None:
         """Wait until nothing is being served, nor waits for company."""
@@ -426,6 +458,8 @@ class Bus:
             known = {shard: self._heads[shard] for shard, _ in wanted if shard in self._heads}
             synced: Synced = await sync(known, sorted(wanted))
             loaded = {id: await self._loaded(shard, id, synced) for shard, id in wanted}
+            newer = await self._opened(synced.newer)
+            # Nothing is awaited from here on: whoever decides knows all of it, or nothing.
             # Where this process has committed meanwhile, the view is of the past.
             current = {shard for shard in synced.heads if self._heads.get(shard) == known.get(shard)}
             for shard in current:
@@ -434,7 +468,7 @@ class Bus:
                 if shard in known and head - known[shard] != arrived:
                     self._forget(shard)
                 self._heads[shard] = head
-            await self._follow([row for row in synced.newer if row.shard in current])
+            self._follow([record for record in newer if record.shard in current])
             for shard, id in wanted:
                 (owner, root), cached = loaded[id], self._cache.get((shard, id.int), NOTHING)[1]
                 is_older = cached is not None and (root is None or root.version < cached.version)
@@ -443,16 +477,37 @@ class Bus:
             self._stale -= current
         return loaded
 
-    async def _follow(self, newer: Sequence[StoredEvent]) -> None:
-        """Bring cached aggregates up to date with what other processes wrote."""
-        followed = [row for row in newer if (row.shard, row.stream_id.int) in self._cache]
-        for record in await self._records.open(followed):
+    def _following(self, rows: Sequence[StoredEvent]) -> list[StoredEvent]:
+        """Those that come next in shards whose heads are known."""
+        found: list[StoredEvent] = []
+        heads: dict[int, int] = {}
+        for row in rows:
+            head = heads.get(row.shard, self._heads.get(row.shard))
+            if head is not None and row.position == head + 1:
+                heads[row.shard] = row.position
+                found.append(row)
+        return found
+
+    async def _opened(self, newer: Sequence[StoredEvent], *, begun: bool = False) -> list[AnyRecord]:
+        """The records among them of cached aggregates, and with `begun` of those that begin here."""
+        known = {
+            (row.shard, row.stream_id.int)
+            for row in newer
+            if (begun and row.stream_version == 1) or (row.shard, row.stream_id.int) in self._cache
+        }
+        return await self._records.open([row for row in newer if (row.shard, row.stream_id.int) in known])
+
+    def _follow(self, newer: Sequence[AnyRecord]) -> None:
+        """Bring cached aggregates up to date with what other processes wrote, and take in those that begin."""
+        for record in newer:
             place = record.shard, record.stream_id.int
             root = self._cache.get(place, NOTHING)[1]
             if root is not None and root.version >= record.stream_version:
                 continue  # written by this process, and taken in when it was committed
+            if root is None and record.stream_version > 1 and place not in self._cache:
+                continue  # put out of the cache meanwhile
             root = root.fork() if root is not None else None
-            self._cache[place] = record.tenant_id, record.event.mutate(root)
+            self._remember(place, record.tenant_id, record.event.mutate(root))
 
     async def _loaded(self, shard: int, id: UUID, synced: Synced) -> tuple[UUID | None, Root | None]:
         """Whose an aggregate is, and the aggregate, as of the instant of `synced`."""
@@ -535,7 +590,7 @@ class Bus:
         for record in records:
             self._heads[record.shard] = record.position
         if records:
-            self._tell(records)
+            self._tell(records, batch.events, at)
         for one in decided:
             waiting = one.waiting
             waiting.serve(one.refusal or Outcome(one.result, waiting.shard, waiting.tried, seen=False))
@@ -551,8 +606,10 @@ class Bus:
             else:
                 self._remember((shard, number), tenant_id, root)
 
-    def _tell(self, records: Sequence[AnyRecord]) -> None:
+    def _tell(self, records: Sequence[AnyRecord], rows: Sequence[StoredEvent], at: datetime) -> None:
         try:
+            if self.on_append is not None:
+                self.on_append(records, [row._replace(recorded_at=at) for row in rows])
             self.on_commit(records)
         except Exception:
             # What is committed is committed, and served: those who missed it read it from the log.

@@ -24,7 +24,7 @@ PAUSE_S = 0.5  # while the log cannot be reached
 
 
 class LogTail:
-    """Follows the log from where it is at the start, and at once when a hint names a turn that `is_followed`.
+    """Follows the log from where it is at the start: by what hints bring, at once when one names a turn that `is_followed`.
 
     Personal text is opened of the rows of such turns only.
     """
@@ -40,7 +40,7 @@ class LogTail:
         self._on_foreign, self._is_followed = on_foreign, is_followed
         self._seen: dict[int, int] = {}
         self._ours: set[tuple[int, int]] = set()  # committed by this process behind what it has not read yet
-        self._wake = asyncio.Event()
+        self._wake, self._telling = asyncio.Event(), asyncio.Lock()
 
     def offer(self, records: Sequence[AnyRecord]) -> None:
         """Take records just committed by this process."""
@@ -51,11 +51,14 @@ class LogTail:
             if record.position == seen + 1:
                 self._seen[record.shard] = record.position
             else:
-                self._ours.add((record.shard, record.position))
-                self._wake.set()
+                self._ours.add(
+                    (record.shard, record.position)
+                )  # a hint brings what is before it, or the poll
 
-    def hint(self, hint: Hint) -> None:
+    async def hear(self, hint: Hint) -> None:
         """The log has grown."""
+        async with self._telling:
+            await self._tell(hint.rows)
         is_urgent = hint.turns is None or any(map(self._is_followed, hint.turns))
         if is_urgent and any(head > self._seen.get(shard, 0) for shard, head in hint.heads.items()):
             self._wake.set()
@@ -74,19 +77,30 @@ class LogTail:
                 await asyncio.sleep(PAUSE_S)
 
     async def _read(self) -> int:
-        rows = await self._log.read_after(self._seen, PAGE)
-        rows = [row for row in rows if row.position > self._seen[row.shard]]
+        async with self._telling:
+            rows = await self._log.read_after(self._seen, PAGE)
+            await self._tell(rows)
+        return len(rows)
+
+    async def _tell(self, rows: Sequence[StoredEvent]) -> None:
+        """Pass on those of them that come next in their shards, and are not our own."""
+        seen, news = dict(self._seen), list[StoredEvent]()
+        for row in rows:
+            if row.position == seen.get(row.shard, row.position) + 1:
+                seen[row.shard] = row.position
+                news.append(row)
+        if not news:
+            return
         foreign = [
             row if self._is_personal(row) else row._replace(personal=None)
-            for row in rows
+            for row in news
             if (row.shard, row.position) not in self._ours
         ]
         opened = await self._records.open_some(foreign, EVENT_TYPES)
         self._on_foreign([record for record in opened if isinstance(record, Record)])
-        for row in rows:
+        for row in news:
             self._seen[row.shard] = max(self._seen[row.shard], row.position)
             self._ours.discard((row.shard, row.position))
-        return len(rows)
 
     def _is_personal(self, row: StoredEvent) -> bool:
         return self._is_followed(row.stream_id) or self._is_followed(row.correlation_id)

@@ -22,6 +22,7 @@ from adapters.passwords import Argon2Passwords
 from adapters.postgres import identity, key_ring, leases, parked_records, server_secret, vault
 from adapters.postgres.embedded import embedded_postgres
 from adapters.postgres.event_log import PostgresEventLog, run_script
+from adapters.postgres.hints import Hints
 from adapters.postgres.pool import deadline, open_pool
 from adapters.tools.catalogue import ToolCatalogue
 from adapters.tools.svg_diagram import svg_diagram
@@ -139,6 +140,16 @@ async def open_log(dsn: str) -> AsyncIterator[PostgresEventLog]:
         await log.close()
 
 
+def secret_of(root: bytes) -> bytes:
+    """What the server signs and seals with, from the secret that its database keeps."""
+    return derive(root, "server")
+
+
+def hints_of(dsn: str, secret: bytes) -> Hints:
+    """What the processes of a server tell each other."""
+    return Hints(dsn, derive(secret, "hints"))
+
+
 @asynccontextmanager
 async def core_of(settings: Settings, dsn: str, *, projecting: bool = True) -> AsyncIterator[Core]:
     """The core of a process, on a database that `migrate` has prepared.
@@ -156,7 +167,7 @@ async def core_of(settings: Settings, dsn: str, *, projecting: bool = True) -> A
         projector = Runner(pool, deadline, log, records)
         db = ReadSide(pool, deadline, projector.caught_up if projecting else CheckpointWatch(pool, deadline))
         root = await server_secret.server_secret(pool, key, others)
-        secret = derive(root, "server")
+        secret = secret_of(root)
         yield Core(
             settings=settings,
             dsn=dsn,

@@ -10,7 +10,6 @@ from psycopg_pool import PoolTimeout
 
 from projections.catalogue import PROJECTIONS
 from projections.read_side import Deadline, Pool
-from schemas.hints import NOTHING_NEW, written
 
 LOOK_FIRST_S, LOOK_MAX_S = 0.005, 0.05
 LOOK_LIMIT_S = 1.0
@@ -18,7 +17,7 @@ AWAITED = "oshaani_awaited"  # the channel on which whoever waits tells the proj
 VERSIONS = {projection.name: projection.version for projection in PROJECTIONS}
 _APPLIED = "SELECT min(positions[%s]) FROM checkpoint"
 # What is said need not be durable.
-_HURRY = "SELECT set_config('synchronous_commit', 'off', true), pg_notify(%s, %s)"
+_HURRY = "SELECT set_config('synchronous_commit', 'off', true), pg_notify(%s, '')"
 _CHECKPOINTS = "SELECT projection, version, positions FROM checkpoint"
 
 
@@ -66,7 +65,7 @@ class CheckpointWatch:
     async def _hurry(self) -> None:
         async with self._pool.connection(timeout=LOOK_LIMIT_S) as connection:
             with self._deadline(connection, LOOK_LIMIT_S):
-                await connection.execute(_HURRY, (AWAITED, written(NOTHING_NEW)))
+                await connection.execute(_HURRY, (AWAITED,))
 
     async def _applied(self, shard: int) -> int:
         async with self._pool.connection(timeout=LOOK_LIMIT_S) as connection:

@@ -1,11 +1,11 @@
 """What processes tell each other after a commit, so that nobody has to wait for a broker or a poll to hear of it.
 
-Nothing depends on a hint: whatever it sets off follows from records that come anyway.
+A hint brings what was committed along where that fits, so that whoever goes on with it need not read it. Nothing depends
+on a hint: whatever it sets off follows from records that come anyway, and what did not come is read from the log.
 """
 
 from __future__ import annotations
 
-from base64 import b85decode, b85encode
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from uuid import UUID
@@ -13,10 +13,14 @@ from uuid import UUID
 import msgspec
 
 from domain.conversation import Conversation
+from domain.event_log import StoredEvent
 from domain.turn import Turn
 from schemas.records import AnyRecord
 
-NAMED_MAX = 80  # turns in one hint, so that it fits into a notification of 8000 bytes
+BYTES_MAX = 5_950  # of a hint, so that it fits into a notification of 7999 bytes as base64, sealed
+NAMED_MAX = 80  # turns in one hint, so that it fits without rows
+ROWS_BYTES_MAX = 5_500  # of a hint that has rows, with the turns that they tell of
+ROW_BYTES = 300  # what a row takes besides its two parts, and the naming of its turn
 _AWAITED = (
     Turn.Accepted,
     Turn.ModelCallCompleted,
@@ -40,15 +44,14 @@ class Hint(NamedTuple):
     """That the log has grown.
 
     `heads`: where the shards that grew end now. `turns`: those of which whoever follows them wants to hear; None when they
-    are too many to be named. `steps`: turns to be taken up, perhaps not all of them.
+    are too many to be named. `steps`: turns to be taken up, perhaps not all of them. `rows`: what was committed, in
+    order, if it fits; else none.
     """
 
     heads: Mapping[int, int]
     turns: frozenset[UUID] | None
     steps: tuple[Step, ...]
-
-
-NOTHING_NEW = Hint({}, frozenset(), ())
+    rows: tuple[StoredEvent, ...] = ()
 
 
 class News:
@@ -58,9 +61,11 @@ class News:
         self._heads: dict[int, int] = {}
         self._turns: set[UUID] = set()
         self._steps: list[Step] = []
+        self._rows: list[StoredEvent] = []
+        self._rows_bytes = 0
 
-    def add(self, records: Sequence[AnyRecord]) -> None:
-        """These are committed."""
+    def add(self, records: Sequence[AnyRecord], rows: Sequence[StoredEvent] = ()) -> None:
+        """These are committed; with their `rows`, if whoever hears of them shall have those."""
         for record in records:
             self._heads[record.shard] = record.position
             event = record.event
@@ -72,14 +77,19 @@ class News:
                     self._steps.append(Step(record.stream_id, record.tenant_id, record.stream_version))
             elif isinstance(event, Conversation.TurnActivated):
                 self._steps.append(Step(event.turn_id, record.tenant_id, 1))
+        self._rows_bytes += sum(ROW_BYTES + len(row.payload) + len(row.personal or b"") for row in rows)
+        if self._rows_bytes <= ROWS_BYTES_MAX:
+            self._rows += rows
 
     def take(self) -> Hint | None:
         """All of it, once."""
         if not self._heads:
             return None
         turns = frozenset(self._turns) if len(self._turns) <= NAMED_MAX else None
-        hint = Hint(self._heads, turns, tuple(self._steps[:NAMED_MAX]))
-        self._heads, self._turns, self._steps = {}, set(), []
+        # Some of many would save nobody the look at the log, which costs the less for each the more there are.
+        rows = tuple(self._rows) if self._rows_bytes <= ROWS_BYTES_MAX else ()
+        hint = Hint(self._heads, turns, tuple(self._steps[:NAMED_MAX]), rows)
+        self._heads, self._turns, self._steps, self._rows, self._rows_bytes = {}, set(), [], [], 0
         return hint
 
 
@@ -87,14 +97,15 @@ _encode = msgspec.msgpack.Encoder(uuid_format="bytes").encode
 _decode = msgspec.msgpack.Decoder(Hint).decode
 
 
-def written(hint: Hint) -> str:
-    """A hint as the text of a notification."""
-    return b85encode(_encode(hint)).decode("ascii")
+def written(hint: Hint) -> bytes:
+    """A hint as it is sent; without its rows when those do not fit after all."""
+    body = _encode(hint)
+    return body if len(body) <= BYTES_MAX or not hint.rows else _encode(hint._replace(rows=()))
 
 
-def read(text: str) -> Hint | None:
+def read(body: bytes) -> Hint | None:
     """The hint that `written` wrote; None for what anybody else may say."""
     try:
-        return _decode(b85decode(text))
+        return _decode(body)
     except (ValueError, msgspec.MsgspecError):
         return None

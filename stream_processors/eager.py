@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from domain.ids import TurnId, UserId, shard_of
-from schemas.hints import Step
+from schemas.hints import Hint
 from stream_processors.agent_turns import take_up
 from stream_processors.processor import Work
 
@@ -24,11 +24,13 @@ class Eager:
         self._serves, self._work = serves, work
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def hear(self, steps: Sequence[Step]) -> None:
-        """Take those that are ours, in the background."""
-        for turn_id, tenant_id, version in steps:
+    async def hear(self, hint: Hint) -> None:
+        """Take in what the hint brings, and take those steps up that are ours, in the background."""
+        work = self._work
+        work.history.observe(await work.bus.take_in(hint.heads, hint.rows, begun=True))
+        for turn_id, tenant_id, version in hint.steps:
             if self._serves(shard_of(UserId(tenant_id))):
-                taking = take_up(TurnId(turn_id), UserId(tenant_id), version, self._work)
+                taking = take_up(TurnId(turn_id), UserId(tenant_id), version, work)
                 task = asyncio.create_task(taking)
                 self._tasks.add(task)
                 task.add_done_callback(self._ended)

@@ -102,6 +102,7 @@ class FaustHost:
     ) -> None:
         self.names = names or Names.of(processor.name)
         self._kafka, self._slot, self._partitions = kafka, slot, 1
+        self._hint = supplies.work.bus.hint
         self._source: Source[Delivery] = Source(self._acknowledge, self._pause, self._resume)
         self.runner = Runner(processor, supplies, self._partition_of, self._source, self._leave_dead_letter)
         self._app: Any = None
@@ -266,7 +267,10 @@ class FaustHost:
     def _take(self, event: Any) -> None:
         message = event.message
         try:
-            delivery = Delivery.of_row(wire.unpack(message.value or b""), origin=event)
+            row = wire.unpack(message.value or b"")
+            delivery = Delivery.of_row(row, origin=event)
+            # The record itself says that its shard has grown.
+            self._hint({row.shard: row.position})
         except (wire.UnknownFormat, wire.Malformed) as unknown:
             key = message.key or b""
             is_ours = len(key) == _STREAM_ID_BYTES

@@ -38,7 +38,9 @@ PAGE_BYTES = 8 * 1024 * 1024  # after a page of more than that, the next ones ar
 PAGE_SMALL = 20
 IN_FLIGHT_MAX = 10_000  # records that wait for their acknowledgement
 IN_FLIGHT_BYTES_MAX = 64 * 1024 * 1024
-READ_PAUSE_S = 0.002  # least time between two reads that find little: more wakes in between share one
+READ_PAUSE_S = (
+    0.008  # least time between two looks that find little: what is committed in between goes together
+)
 POLL_FIRST_S, POLL_MAX_S = (
     0.005,
     0.25,
@@ -183,6 +185,7 @@ class Relay:
         self._options = options
         self._ranges = Ranges(leases, holder, options.ranges, options.ttl_s)
         self._woken = asyncio.Event()
+        self._told: list[StoredEvent] = []  # what was committed, as hints bring it
         self._restarted: set[TopicPartition] = set()
         self._session: _Session | None = None
         self._trouble = ""
@@ -194,8 +197,10 @@ class Relay:
 
     # --- what others see
 
-    def wake(self) -> None:
-        """Something was committed: read at once."""
+    def wake(self, rows: Sequence[StoredEvent] = ()) -> None:
+        """Something was committed: `rows` of it need not be read."""
+        if len(self._told) + len(rows) <= IN_FLIGHT_MAX:
+            self._told += rows
         self._woken.set()
 
     @property
@@ -450,7 +455,7 @@ class _Session:
             while self.waiting > IN_FLIGHT_MAX or self._waiting_bytes() > IN_FLIGHT_BYTES_MAX:
                 await self._ebb()
             try:
-                found = await self._read_front()
+                found = self._send_told() or await self._read_front()
                 more = await self._read_rear() or self._ahead is not None
             except LogUnavailable as failure:
                 self._relay._say(f"the relay waits for the log: {failure!r}")
@@ -469,6 +474,26 @@ class _Session:
                     await self._relay._woken.wait()
             except TimeoutError:
                 pass
+
+    def _send_told(self) -> bool:
+        """Send what hints brought, if that is all that is new of the shards they are of; else it is read."""
+        told, self._relay._told = self._relay._told, []
+        shards = self._shards()
+        fronts = {number: shard.front for number, shard in shards.items()}
+        rows: list[StoredEvent] = []
+        is_whole = bool(told) and self._ahead is None
+        for row in sorted(told, key=attrgetter("shard", "position")):
+            front = fronts.get(row.shard)
+            if front is None or row.position <= front:
+                continue
+            if row.position > front + 1:
+                is_whole = False
+                break
+            fronts[row.shard] = row.position
+            rows.append(row)
+        if is_whole:
+            self._send(rows, shards)
+        return is_whole
 
     async def _read_front(self) -> bool:
         """Send a page of what is new, while the next one is read if there is more: whether there was anything."""

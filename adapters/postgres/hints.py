@@ -2,19 +2,26 @@
 
 Hints (`schemas.hints`) that could not be sent at once become one; those that are lost are made up for by whoever looks at
 the log by itself, a little later. Every listener of the database wakes for each, so only those listen who are in a hurry.
+
+Whoever may connect to the database can listen, and say anything. What hints bring is acted on, so they are sealed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import os
+from base64 import b64decode, b64encode
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import psycopg
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from adapters.crypto import NotAuthentic, derive, seal, unseal
 from adapters.postgres.pool import connect, deadline
+from domain.event_log import StoredEvent
 from schemas.hints import Hint, News, read, written
 from schemas.records import AnyRecord
 
@@ -23,49 +30,78 @@ log_of = logging.getLogger(__name__)
 CHANNEL = "oshaani_log"
 TELL_S = 2.0  # what sending one may take before its connection is cut
 PAUSE_S = 1.0  # after the database failed
+SENDER_BYTES = 8
+SENDERS_MAX = 1_000  # whose keys are kept at hand
 CHECK_S = 5.0  # a silent connection is tried this often, so that a dead one is noticed
 # The transaction of a NOTIFY needs no disk: what it tells of is durable already.
 _PLANS = "-c synchronous_commit=off"
 
 OUTAGE = (psycopg.Error, OSError, TimeoutError)
+Connection = psycopg.AsyncConnection[Any]
+Listener = Callable[[Hint], Awaitable[object] | None]
+
+
+class Sealing:
+    """Hints as the text of notifications, sealed under a key that the processes of a server share.
+
+    Each sender has a key of its own, derived from that one and its name: no key seals more than one process can send.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._key, self._name = key, os.urandom(SENDER_BYTES)
+        self._ciphers: dict[bytes, AESGCM] = {}
+
+    def written(self, body: bytes) -> str:
+        """The text of a notification."""
+        return b64encode(self._name + seal(self._cipher(self._name), body, self._name)).decode("ascii")
+
+    def read(self, text: str) -> bytes | None:
+        """What another process with the same key wrote; None for anything else."""
+        try:
+            raw = b64decode(text, validate=True)
+            name = raw[:SENDER_BYTES]
+            return unseal(self._cipher(name), raw[SENDER_BYTES:], name)
+        except (ValueError, NotAuthentic):
+            return None
+
+    def _cipher(self, name: bytes) -> AESGCM:
+        found = self._ciphers.get(name)
+        if found is None:
+            if len(self._ciphers) >= SENDERS_MAX:
+                self._ciphers.clear()
+            found = self._ciphers[name] = AESGCM(derive(self._key, f"hints of {name.hex()}"))
+        return found
 
 
 class Hints:
-    """Sends and receives hints. `run` it as one task for the life of the process."""
+    """Sends and receives hints. `run` it as one task for the life of the process.
 
-    def __init__(self, dsn: str, channel: str = CHANNEL) -> None:
-        self._dsn, self._channel = dsn, channel
+    `key`: what is heard was sealed under it, and what is sent will be.
+    """
+
+    def __init__(self, dsn: str, key: bytes) -> None:
+        self._dsn, self._sealing = dsn, Sealing(key)
         self._news, self._told = News(), asyncio.Event()
-        self._listeners: list[Callable[[Hint], None]] = []
+        self._listeners: list[Listener] = []
 
-    def tell(self, records: Sequence[AnyRecord]) -> None:
+    def tell(self, records: Sequence[AnyRecord], rows: Sequence[StoredEvent] = ()) -> None:
         """Say soon that these are committed. Never blocks."""
-        self._news.add(records)
+        self._news.add(records, rows)
         self._told.set()
 
-    def on_hint(self, listener: Callable[[Hint], None]) -> None:
-        """Have a function called with each hint; also with this process's own."""
+    def on_hint(self, listener: Listener) -> None:
+        """Have a function called with each hint, this process's own too, and wait for what it returns before the next."""
         self._listeners.append(listener)
 
     async def run(self, *, sends: bool = True) -> None:
         """Send and receive until cancelled; survives any outage of the database."""
         async with asyncio.TaskGroup() as group:
             if sends:
-                group.create_task(self._insist(self._send))
+                group.create_task(_insist(self._dsn, self._send))
             if self._listeners:
-                group.create_task(self._insist(self._receive))
+                group.create_task(listen(self._dsn, CHANNEL, self._hear))
 
-    async def _insist(self, work: Callable[[psycopg.AsyncConnection[Any]], Any]) -> None:
-        while True:
-            try:
-                connection = await connect(self._dsn, _PLANS)
-                async with connection:
-                    await work(connection)
-            except OUTAGE as failure:
-                log_of.info("hints wait for the database: %r", failure)
-            await asyncio.sleep(PAUSE_S)
-
-    async def _send(self, connection: psycopg.AsyncConnection[Any]) -> None:
+    async def _send(self, connection: Connection) -> None:
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_S):
@@ -74,17 +110,40 @@ class Hints:
             hint = self._news.take()
             with deadline(connection, TELL_S):
                 if hint is not None:
-                    await connection.execute("SELECT pg_notify(%s, %s)", (self._channel, written(hint)))
+                    text = self._sealing.written(written(hint))
+                    await connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, text))
                 else:
                     await connection.execute("SELECT 1")
 
-    async def _receive(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        await connection.execute(f"LISTEN {self._channel}".encode())
+    async def _hear(self, text: str) -> None:
+        body = self._sealing.read(text)
+        hint = None if body is None else read(body)
+        if hint is not None:
+            for listener in self._listeners:
+                if (heard := listener(hint)) is not None:
+                    await heard
+
+
+async def listen(dsn: str, channel: str, heard: Callable[[str], Awaitable[object]]) -> None:
+    """Hear what is said on a channel, one after the other, until cancelled; survives any outage of the database."""
+
+    async def receive(connection: Connection) -> None:
+        await connection.execute(f"LISTEN {channel}".encode())
         while True:
             async for notify in connection.notifies(timeout=CHECK_S):
-                hint = read(notify.payload)
-                if hint is not None:
-                    for listener in self._listeners:
-                        listener(hint)
+                await heard(notify.payload)
             with deadline(connection, TELL_S):
                 await connection.execute("SELECT 1")
+
+    await _insist(dsn, receive)
+
+
+async def _insist(dsn: str, work: Callable[[Connection], Awaitable[None]]) -> None:
+    while True:
+        try:
+            connection = await connect(dsn, _PLANS)
+            async with connection:
+                await work(connection)
+        except OUTAGE as failure:
+            log_of.info("what processes tell each other waits for the database: %r", failure)
+        await asyncio.sleep(PAUSE_S)

@@ -11,7 +11,6 @@ from psycopg_pool import PoolTimeout
 from adapters.kafka.clients import KafkaConfig
 from adapters.kafka.following import follow_topic
 from adapters.kafka.turn_feed import KafkaTurnFeed
-from adapters.postgres.hints import Hints
 from adapters.postgres.pool import deadline
 from api.app import create_app
 from api.server import Check
@@ -22,7 +21,7 @@ from oshaani.process import Ending, http, listening, quieten_collector
 from oshaani.role_metrics import watch_process
 from oshaani.roles.life import Announce, Life
 from oshaani.settings import Settings
-from oshaani.wiring import LAG_MAX, Core, core_of, means_of, server_of
+from oshaani.wiring import LAG_MAX, Core, core_of, hints_of, means_of, server_of
 from projections.catching_up import CheckpointWatch
 from schemas.records import AnyRecord
 from schemas.topics import TURN_STREAM
@@ -35,14 +34,13 @@ async def api(settings: Settings, dsn: str, announce: Announce) -> None:
         async with AsyncExitStack() as stack:
             core = await stack.enter_async_context(core_of(settings, dsn, projecting=False))
             means = await stack.enter_async_context(means_of(core))
-            feed, hints = KafkaTurnFeed(TURN_STREAM.name), Hints(dsn)
+            feed, hints = KafkaTurnFeed(TURN_STREAM.name), hints_of(dsn, core.secret)
             server = await stack.enter_async_context(server_of(core, means, feed, lambda: _serves(core)))
             watch_process(server.metrics, life.role)
             metrics = PlatformMetrics(server.metrics, lambda: {"commands": core.bus.waiting})
 
             def committed(records: Sequence[AnyRecord]) -> None:
                 tail.offer(records)
-                hints.tell(records)
                 feed.publish(records)
                 metrics.observe(records)
 
@@ -51,10 +49,10 @@ async def api(settings: Settings, dsn: str, announce: Announce) -> None:
                 app.state.on_records(records)
 
             tail = LogTail(core.log, core.records, heard, feed.is_followed)
-            core.bus.on_commit = committed
+            core.bus.on_commit, core.bus.on_append = committed, hints.tell
             app = create_app(server)
-            hints.on_hint(tail.hint)
-            hints.on_hint(lambda hint: core.bus.hint(hint.heads))
+            hints.on_hint(tail.hear)
+            hints.on_hint(lambda hint: core.bus.take_in(hint.heads, hint.rows))
             config = KafkaConfig.of(settings)
             parts = {
                 "hints": hints.run(),

@@ -23,7 +23,7 @@ from oshaani.process import Ending, quieten_collector, step_back
 from oshaani.role_metrics import ProcessorMetrics, watch_processor
 from oshaani.roles.life import DRAIN_S, Announce, Life, database_answers, operators
 from oshaani.settings import Settings
-from oshaani.wiring import PROCESSORS, Core, core_of, means_of, utc_now, work_of
+from oshaani.wiring import PROCESSORS, Core, core_of, hints_of, means_of, utc_now, work_of
 from schemas.cloud_events import CloudEvents
 from schemas.records import AnyRecord
 from schemas.topics import TURN_STREAM
@@ -44,12 +44,17 @@ log_of = logging.getLogger(__name__)
 PAUSE_S = 1.0
 DISTRIBUTED = {each.name: each for each in (*PROCESSORS, public_topics, usage_analytics)}
 PUBLISHING = (public_topics.name, usage_analytics.name)
-DECIDING = ("agent_turns", "credit_debits")  # those that decide often, on what others decide on too
 SWEEPING = ("agent_turns", "tool_calls", "notifications")  # those that take up due work
 
 
 # Those whose work nobody waits for take records together.
-GATHER_MS = {"credit_debits": 50, "notifications": 100, "public_topics": 500, "usage_analytics": 500}
+GATHER_MS = {
+    "agent_turns": 100,  # a hint came before
+    "credit_debits": 100,
+    "notifications": 100,
+    "public_topics": 500,
+    "usage_analytics": 500,
+}
 LINGER_MS = 50  # of messages for subscribers
 
 # Faust tells of each of its parts that begins and ends under the name of the module that derives from it.
@@ -65,7 +70,11 @@ async def processor(settings: Settings, dsn: str, announce: Announce, name: str)
     async with AsyncExitStack() as stack:
         core = await stack.enter_async_context(core_of(settings, dsn, projecting=False))
         means = await stack.enter_async_context(means_of(core))
-        hints, feed, metrics = Hints(dsn), KafkaTurnFeed(TURN_STREAM.name), CollectorRegistry()
+        hints, feed, metrics = (
+            hints_of(dsn, core.secret),
+            KafkaTurnFeed(TURN_STREAM.name),
+            CollectorRegistry(),
+        )
         work = work_of(core, means, life.name, feed)
         sweeper, leases = Sweeper(core.log, work), PostgresLeases(core.pool)
         if name in PUBLISHING:
@@ -88,7 +97,6 @@ async def processor(settings: Settings, dsn: str, announce: Announce, name: str)
 
         def committed(records: Sequence[AnyRecord]) -> None:
             work.history.observe(records)
-            hints.tell(records)
             counted.observe(records)
 
         async def ready() -> Sequence[Check]:
@@ -100,7 +108,7 @@ async def processor(settings: Settings, dsn: str, announce: Announce, name: str)
                 Check("records", host.ready(), detail if host.ready() else waits),
             ]
 
-        core.bus.on_commit = committed
+        core.bus.on_commit, core.bus.on_append = committed, hints.tell
         _listen(hints, name, host, work)
         await stack.enter_async_context(operators(settings, life, ready, metrics, announce))
         parts = {"hints": hints.run(), "heartbeat": sweeper.beat(), name: host.run()}
@@ -123,11 +131,8 @@ def _settle(name: str) -> None:
 
 def _listen(hints: Hints, name: str, host: FaustHost, work: Work) -> None:
     """Have those told who gain by it: each listener is woken by every commit."""
-    if name in DECIDING:
-        hints.on_hint(lambda hint: work.bus.hint(hint.heads))
     if name == agent_turns.name:
-        eager = Eager(host.serves, work)
-        hints.on_hint(lambda hint: eager.hear(hint.steps))
+        hints.on_hint(Eager(host.serves, work).hear)
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from adapters.kafka.clients import KafkaConfig
 from adapters.kafka.following import follow_topic
-from adapters.postgres.hints import Hints
+from adapters.postgres.hints import listen
 from adapters.postgres.leases import PostgresLeases
 from adapters.postgres.pool import deadline
 from api.server import Check
@@ -44,8 +44,9 @@ async def projector(settings: Settings, dsn: str, announce: Announce) -> None:
         store = StoreMetrics(metrics)
         working = Working(core, KafkaConfig.of(settings), life, ProjectionMetrics(metrics))
         watch_lease(metrics, PROJECTOR_LEASE, lambda: working.epoch)
-        awaited = Hints(dsn, AWAITED)
-        awaited.on_hint(lambda hint: working.hurry())
+
+        async def awaited(said: str) -> None:
+            working.hurry()
 
         async def ready() -> Sequence[Check]:
             return [await database_answers(core), working.check()]
@@ -53,7 +54,7 @@ async def projector(settings: Settings, dsn: str, announce: Announce) -> None:
         await stack.enter_async_context(operators(settings, life, ready, metrics, announce))
         parts = {
             "projector": working.run(leases),
-            "hints": awaited.run(sends=False),
+            "hints": listen(dsn, AWAITED, awaited),
             "database metrics": store.run(core.pool),
         }
         await stack.enter_async_context(ending.parts(parts))

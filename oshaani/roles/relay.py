@@ -9,16 +9,17 @@ from prometheus_client import CollectorRegistry
 
 from adapters.kafka.clients import KafkaConfig
 from adapters.kafka.relay import Relay
-from adapters.postgres.hints import Hints
 from adapters.postgres.leases import PostgresLeases
 from adapters.postgres.pool import open_pool
+from adapters.postgres.server_secret import server_secret
 from api.server import Check
+from oshaani.master_key import master_key
 from oshaani.process import Ending
 from oshaani.role_metrics import LogHeads, watch_relay
 from oshaani.roles.life import DRAIN_S, Announce, Life, operators
 from oshaani.roles.processor import DISTRIBUTED
 from oshaani.settings import Settings
-from oshaani.wiring import open_log
+from oshaani.wiring import hints_of, open_log, secret_of
 from schemas.codec import type_of
 from schemas.topics import work_topic
 
@@ -29,9 +30,10 @@ async def relay(settings: Settings, dsn: str, announce: Announce) -> None:
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(open_pool(dsn, 2))
         log = await stack.enter_async_context(open_log(dsn))
-        hints = Hints(dsn)
+        root = await server_secret(pool, master_key(settings), settings.previous_master_keys)
+        hints = hints_of(dsn, secret_of(root))
         carrying = Relay(log, PostgresLeases(pool), KafkaConfig.of(settings), life.name, work_types())
-        hints.on_hint(lambda hint: carrying.wake())
+        hints.on_hint(lambda hint: carrying.wake(hint.rows))
         metrics, heads = CollectorRegistry(), LogHeads(log)
         watch_relay(metrics, carrying, lambda: heads.latest)
 

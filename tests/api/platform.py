@@ -35,7 +35,7 @@ from adapters.memory.turn_feed import MemoryTurnFeed
 from adapters.memory.vault import MemoryVault
 from adapters.passwords import Argon2Passwords
 from adapters.postgres.event_log import PostgresEventLog
-from adapters.postgres.hints import Hints
+from adapters.postgres.hints import Hints, listen
 from adapters.postgres.leases import PostgresLeases
 from adapters.postgres.pool import deadline, open_pool
 from adapters.tools.catalogue import ToolCatalogue
@@ -280,11 +280,7 @@ async def _over_kafka(parts: _Parts, database_url: str, broker: str, closing: As
     closing.callback(topics.remove)
     names = [work_topic(each.name) for each in PROCESSORS]
     firehose, stream, *works = topics.create(LOG, TURN_STREAM, *names)
-    bus, hints, awaited = (
-        Bus(parts.log, parts.records, parts.rules),
-        Hints(database_url),
-        Hints(database_url, AWAITED),
-    )
+    bus, hints = Bus(parts.log, parts.records, parts.rules), Hints(database_url, bytes(32))
     feed = KafkaTurnFeed(stream.name)
     heard: list[Callable[[Sequence[AnyRecord]], None]] = [feed.publish]
 
@@ -294,11 +290,10 @@ async def _over_kafka(parts: _Parts, database_url: str, broker: str, closing: As
 
     def committed(batch: Sequence[AnyRecord]) -> None:
         tail.offer(batch)
-        hints.tell(batch)
         feed.publish(batch)
 
     tail = LogTail(parts.log, parts.records, hear, feed.is_followed)
-    bus.on_commit = committed
+    bus.on_commit, bus.on_append = committed, hints.tell
     leases = PostgresLeases(parts.pool)
     types = {
         topic.name: {type_of(event_class).name for event_class in each.handlers}
@@ -310,12 +305,15 @@ async def _over_kafka(parts: _Parts, database_url: str, broker: str, closing: As
     async def project(values: Sequence[bytes]) -> None:
         await runner.offer_rows([wire.unpack(value) for value in values])
 
-    hints.on_hint(tail.hint)
-    hints.on_hint(lambda hint: bus.hint(hint.heads))
-    hints.on_hint(lambda hint: relay.wake())
-    awaited.on_hint(lambda hint: runner.hurry())
+    hints.on_hint(tail.hear)
+    hints.on_hint(lambda hint: bus.take_in(hint.heads, hint.rows))
+    hints.on_hint(lambda hint: relay.wake(hint.rows))
+
+    async def awaited(said: str) -> None:
+        runner.hurry()
+
     tasks = [
-        *(hints.run(), awaited.run(), tail.run(), relay.run(), runner.run()),
+        *(hints.run(), listen(database_url, AWAITED, awaited), tail.run(), relay.run(), runner.run()),
         follow_topic(config, "tests-api", stream.name, feed.take),
         follow_topic(config, "tests-projector", firehose.name, project),
     ]
@@ -344,15 +342,14 @@ async def _worker(
     log = PostgresEventLog(database_url)
     await log.open()
     closing.push_async_callback(log.close)
-    bus = Bus(log, parts.records, parts.rules, on_commit=hints.tell)
-    hints.on_hint(lambda hint: bus.hint(hint.heads))
+    bus = Bus(log, parts.records, parts.rules)
+    bus.on_append = hints.tell
     work = parts.work(f"{processor.name}-1/1", bus, feed)
     supplies = Supplies(work, log, parts.records, MemoryParkedRecords())
     names = Names(topic, f"{topic}.group", f"{topic}.dlq")
     host, sweeper = FaustHost(processor, supplies, WorkerKafka(config), names=names), Sweeper(log, work)
     if processor is agent_turns:
-        eager = Eager(host.serves, work)
-        hints.on_hint(lambda hint: eager.hear(hint.steps))
+        hints.on_hint(Eager(host.serves, work).hear)
     return work, [host.run(), sweeper.beat(), sweeper.run()]
 
 

@@ -31,7 +31,7 @@ from domain.errors import (
     PlanLimitExceeded,
     Refusal,
 )
-from domain.event_log import Batch, EventLog
+from domain.event_log import Batch, EventLog, StoredEvent
 from domain.ids import CommandId, TurnId, UserId, account_of, agent_of, hold_of, shard_of
 from domain.money import ncr
 from domain.plans import UNLIMITED
@@ -654,6 +654,126 @@ async def test_what_somebody_else_has_begun_since_is_found(
         await other.read(Turn, command.turn_id, owner.tenant_id)
     await bus.execute(command, by=BY)
     assert (await other.read(Turn, command.turn_id, owner.tenant_id)).outcome is None
+
+
+# --- told by others
+
+
+@dataclass(slots=True)
+class Told:
+    """What a process tells of its appends."""
+
+    rows: list[StoredEvent]
+
+    def __call__(self, records: Sequence[AnyRecord], rows: Sequence[StoredEvent]) -> None:
+        self.rows += rows
+
+    async def to(self, bus: Bus, *, begun: bool = False) -> Sequence[AnyRecord]:
+        heads = {row.shard: row.position for row in self.rows}
+        rows, self.rows = self.rows, []
+        return await bus.take_in(heads, rows, begun=begun)
+
+
+def telling(bus: Bus) -> Told:
+    bus.on_append = told = Told([])
+    return told
+
+
+async def test_who_is_told_what_another_process_wrote_decides_on_it_without_a_look(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    counting, told = CountingLog(log), telling(bus)
+    there = Bus(counting, records, bus.rules)
+    await there.execute(owner.message(), by=BY)
+    await told.to(there)
+    synced, appended = counting.syncs, len(counting.batches)
+    for number in range(2, 5):
+        await bus.execute(owner.message(), by=BY)
+        await told.to(there)
+        assert (await account(there, owner)).held_ncr == number * TURN_NCR
+    await there.execute(owner.message(), by=BY)
+    assert (counting.syncs, len(counting.batches)) == (synced, appended + 1)
+
+
+async def test_what_begins_elsewhere_is_known_to_who_wants_to_know_it(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    counting, told = CountingLog(log), telling(bus)
+    there = Bus(counting, records, bus.rules)
+    await account(there, owner)
+    unknown, known_, wanted = owner.message(), owner.message(), []
+    for message, begun in ((unknown, False), (known_, True)):
+        await bus.execute(message, by=BY)
+        wanted = [record.type for record in await told.to(there, begun=begun)]
+    assert {"Turn.Accepted", "Conversation.Started", "Conversation.MessageSent"} <= set(wanted)
+    synced = counting.syncs
+    assert (await there.read(Turn, known_.turn_id, owner.tenant_id)).outcome is None
+    assert counting.syncs == synced
+    assert (await there.read(Turn, unknown.turn_id, owner.tenant_id)).outcome is None
+    assert counting.syncs == synced + 1
+
+
+async def test_who_was_not_told_everything_looks_before_deciding(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    counting, told = CountingLog(log), telling(bus)
+    there = Bus(counting, records, bus.rules)
+    await account(there, owner)
+    await bus.execute(owner.message(), by=BY)
+    told.rows = told.rows[1:]
+    await told.to(there)
+    synced, appended = counting.syncs, len(counting.batches)
+    await there.execute(owner.message(), by=BY)
+    assert (counting.syncs, len(counting.batches)) == (synced + 1, appended + 1)
+    assert (await account(there, owner)).held_ncr == 2 * TURN_NCR
+
+
+async def test_what_cannot_be_understood_of_what_one_is_told_is_left_to_be_looked_up(
+    bus: Bus, log: EventLog, records: Records, owner: Owner
+) -> None:
+    counting, told = CountingLog(log), telling(bus)
+    there = Bus(counting, records, bus.rules)
+    await account(there, owner)
+    await bus.execute(owner.message(), by=BY)
+    told.rows = [row._replace(schema_version=1_000) for row in told.rows]
+    assert not await told.to(there, begun=True)
+    synced = counting.syncs
+    await there.execute(owner.message(), by=BY)
+    assert counting.syncs == synced + 1
+    assert (await account(there, owner)).held_ncr == 2 * TURN_NCR
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_whatever_is_lost_doubled_or_late_of_what_one_is_told_changes_nothing(
+    bus: Bus, log: EventLog, records: Records, owner: Owner, seed: int
+) -> None:
+    rng, asked = random.Random(seed), 0
+    both = [bus, another(bus, log, records)]
+    tellers = [telling(each) for each in both]
+    late: list[tuple[Bus, Told]] = []
+
+    async def tell() -> None:
+        for teller, there in zip(tellers, reversed(both), strict=True):
+            rows, teller.rows = teller.rows, []
+            for _ in range(rng.choice((0, 1, 1, 1, 2))):
+                late.append((there, Told(list(rows))))
+        while late and rng.random() < 0.8:
+            there, told = late.pop(rng.randrange(len(late)) if rng.random() < 0.3 else 0)
+            await told.to(there, begun=rng.random() < 0.5)
+
+    while asked < 40:
+        count = rng.randint(1, 3)
+        commands = [rng.choice(both).execute(owner.message(), by=BY) for _ in range(count)]
+        results = await together(*commands, tell())
+        assert len(only(Outcome, results)) == count, results
+        asked += count
+    fresh = another(bus, log, records)
+    expected = (await account(fresh, owner)).held_ncr
+    assert expected == asked * TURN_NCR
+    for each in both:
+        await each.execute(owner.message(), by=BY)
+        expected += TURN_NCR
+        assert (await account(each, owner)).held_ncr == expected
 
 
 # --- callers

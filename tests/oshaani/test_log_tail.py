@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from uuid import UUID, uuid4
 
+import pytest
+
 from adapters.memory.event_log import MemoryEventLog
 from commands.bus import Bus
 from domain.event_log import LogUnavailable
 from oshaani.log_tail import LogTail
-from schemas.hints import Hint
+from schemas.hints import Hint, News
 from schemas.records import AnyRecord, Records
 from tests.commands.write_side import Owner, memory_records, rules, signed_up
 
@@ -118,16 +120,57 @@ async def test_only_a_hint_about_a_turn_that_is_followed_is_acted_on_at_once():
     here = Process(log, records, is_followed=lambda turn_id: turn_id == followed)
     async with following(here):
 
-        def is_woken(turns: frozenset[UUID] | None, head: int = 7) -> bool:
+        async def is_woken(turns: frozenset[UUID] | None, head: int = 7) -> bool:
             here.tail._wake.clear()
-            here.tail.hint(Hint({3: head}, turns, ()))
+            await here.tail.hear(Hint({3: head}, turns, ()))
             return here.tail._wake.is_set()
 
-        assert not is_woken(frozenset({uuid4()}))
-        assert not is_woken(frozenset())
-        assert is_woken(frozenset({uuid4(), followed}))
-        assert is_woken(None)
-        assert not is_woken(frozenset({followed}), head=0)
+        assert not await is_woken(frozenset({uuid4()}))
+        assert not await is_woken(frozenset())
+        assert await is_woken(frozenset({uuid4(), followed}))
+        assert await is_woken(None)
+        assert not await is_woken(frozenset({followed}), head=0)
+
+
+async def test_what_a_hint_brings_is_not_read(monkeypatch: pytest.MonkeyPatch):
+    log, records = MemoryEventLog(), memory_records()
+    here, there = Process(log, records), Process(log, records)
+    owner = await signed_up(there.bus)
+    async with following(here):
+        with monkeypatch.context() as broken:
+            broken.setattr(log, "read_after", _away)
+            news = News()
+            there.bus.on_append = news.add
+            before = len(there.own)
+            for _ in range(3):
+                await talk(owner, there.bus, 1)
+                hint = news.take()
+                assert hint is not None
+                await here.tail.hear(hint)
+                await here.tail.hear(hint)
+                assert places(here.heard) == places(there.own)[before:]
+
+
+async def test_what_hints_left_out_is_read():
+    log, records = MemoryEventLog(), memory_records()
+    here, there = Process(log, records), Process(log, records)
+    owner = await signed_up(there.bus)
+    before = len(there.own)
+    async with following(here):
+        news = News()
+        there.bus.on_append = news.add
+        await talk(owner, there.bus, 1)
+        news.take()
+        await talk(owner, there.bus, 1)
+        hint = news.take()
+        assert hint is not None
+        await here.tail.hear(hint)
+        assert not here.heard
+        await eventually(lambda: places(here.heard) == places(there.own)[before:])
+
+
+async def _away(*arguments: object) -> None:
+    raise LogUnavailable("away")
 
 
 async def test_an_outage_of_the_log_loses_nothing():

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from uuid import uuid4
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.memory.event_log import MemoryEventLog
+from adapters.postgres.hints import Sealing
 from commands.bus import Bus
+from domain.event_log import StoredEvent
 from domain.ids import SHARDS, shard_of
 from domain.turn import Turn
 from schemas.hints import NAMED_MAX, Hint, News, Step, read, written
 from schemas.records import AnyRecord
 from tests.commands.write_side import BY, memory_records, rules, signed_up
+from tests.schemas.rows import rows
 
 NOTIFICATION_BYTES_MAX = 8_000
+SEALING = Sealing(bytes(32))
 _heads = st.dictionaries(st.integers(0, SHARDS - 1), st.integers(1, 2**62), min_size=1)
 _steps = st.builds(Step, st.uuids(), st.uuids(), st.integers(1, 10_000))
 _hints = st.builds(
@@ -23,7 +28,22 @@ _hints = st.builds(
     _heads,
     st.none() | st.frozensets(st.uuids(), max_size=NAMED_MAX),
     st.lists(_steps, max_size=NAMED_MAX).map(tuple),
+    st.lists(rows, max_size=3).map(tuple),
 )
+
+
+Batch = tuple[Sequence[AnyRecord], Sequence[StoredEvent]]
+
+
+async def appended(*messages: str) -> list[Batch]:
+    """What messages leave behind, each with its rows."""
+    told: list[Batch] = []
+    bus = Bus(MemoryEventLog(), memory_records(), rules())
+    owner = await signed_up(bus)
+    bus.on_append = lambda records, rows: told.append((records, rows))
+    for message in messages:
+        await bus.execute(owner.message(message), by=BY)
+    return told
 
 
 async def committed(*changes: dict[str, object]) -> list[AnyRecord]:
@@ -45,21 +65,49 @@ def news_of(*batches: list[AnyRecord]) -> Hint | None:
 
 
 @given(_hints)
-def test_what_is_read_is_what_was_written(hint: Hint) -> None:
+def test_what_is_read_is_what_was_written_and_a_hint_too_long_lacks_its_rows(hint: Hint) -> None:
+    body = written(hint)
+    assert len(SEALING.written(body)) < NOTIFICATION_BYTES_MAX
+    assert read(body) in (hint, hint._replace(rows=()))
+    if not hint.turns and len(hint.steps) < 20 and len(hint.rows) < 2:
+        assert read(body) == hint
+
+
+async def test_a_message_brings_its_rows_along_as_the_log_has_them() -> None:
+    ((records, its_rows),) = await appended("Hello")
+    news = News()
+    news.add(records, its_rows)
+    hint = news.take()
+    assert hint is not None
+    assert [row.position for row in hint.rows] == [record.position for record in records]
+    assert hint.rows == tuple(its_rows)
+    assert {row.recorded_at for row in hint.rows} == {record.recorded_at for record in records}
     assert read(written(hint)) == hint
 
 
+async def test_what_is_too_much_for_a_hint_is_left_to_be_read() -> None:
+    few, *others = await appended("Hello", "x" * 6_000, *["How do you do?"] * 10)
+    for batches in ([others[0]], others[1:], [few, others[0]]):
+        news = News()
+        for batch in batches:
+            news.add(*batch)
+        hint = news.take()
+        assert hint is not None
+        assert hint.rows == () and hint.heads and hint.turns
+        news.add(*few)
+        assert (after := news.take()) is not None and after.rows
+
+
 def test_nothing_is_read_of_what_others_say() -> None:
-    assert [read(text) for text in ("", "nonsense", "0:0", "{}", "é", written(Hint({}, None, ()))[:-1])] == [
-        None
-    ] * 6
+    others = (b"", b"nonsense", b"0:0", b"{}", b"\xff", written(Hint({}, None, ()))[:-1])
+    assert [read(body) for body in others] == [None] * len(others)
 
 
 def test_the_longest_hint_fits_into_a_notification() -> None:
     steps = tuple(Step(uuid4(), uuid4(), 2**31) for _ in range(NAMED_MAX))
     turns = frozenset(uuid4() for _ in range(NAMED_MAX))
     heads = dict.fromkeys(range(SHARDS), 2**62)
-    assert len(written(Hint(heads, turns, steps))) < NOTIFICATION_BYTES_MAX
+    assert len(SEALING.written(written(Hint(heads, turns, steps)))) < NOTIFICATION_BYTES_MAX
 
 
 async def test_a_message_tells_of_its_turn_and_that_it_waits_for_a_worker() -> None:

@@ -7,8 +7,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from commands.bus import LATEST
+from domain.agent import Agent
+from domain.event_log import LogUnavailable
 from domain.ids import shard_of
-from schemas.hints import News, Step
+from schemas.hints import Hint, News
 from stream_processors.agent_turns import accepted
 from stream_processors.eager import Eager
 from tests.commands.write_side import BY
@@ -19,19 +22,18 @@ from tests.stream_processors.test_agent_turns import ANSWERED
 pytestmark = pytest.mark.parametrize("staged", [False], indirect=True, ids=["told of by a hint"])
 
 
-async def heard(stage: Stage) -> list[Step]:
+async def heard(stage: Stage) -> Hint:
     """A message is sent, of which the worker hears by a hint alone."""
-    worker = stage.workers[0]
+    worker, news = stage.workers[0], News()
     worker.delivers = False
-    worker.heard.clear()
     message = stage.owner.message()
-    await stage.bus.execute(message, by=BY)
+    worker.bus.on_append = news.add
+    await worker.bus.execute(message, by=BY)
+    worker.bus.on_append = None
     stage.sent.append(message.turn_id)
-    news = News()
-    news.add(worker.heard)
     hint = news.take()
     assert hint is not None
-    return list(hint.steps)
+    return hint
 
 
 @pytest.fixture
@@ -46,55 +48,85 @@ async def stage(staged: Staged) -> AsyncIterator[Stage]:
 
 
 async def test_a_turn_is_answered_before_its_record_comes(stage: Stage) -> None:
-    steps = await heard(stage)
-    Eager(lambda shard: True, stage.workers[0].work).hear(steps)
-    assert (await stage.end_of(steps[0].turn_id)).story == ANSWERED
+    hint = await heard(stage)
+    await Eager(lambda shard: True, stage.workers[0].work).hear(hint)
+    assert (await stage.end_of(hint.steps[0].turn_id)).story == ANSWERED
 
 
 async def test_its_record_finds_that_done(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, worker = await heard(stage), stage.workers[0]
-    Eager(lambda shard: True, worker.work).hear(steps)
-    told = await stage.end_of(steps[0].turn_id)
+    hint, worker = await heard(stage), stage.workers[0]
+    await Eager(lambda shard: True, worker.work).hear(hint)
+    told = await stage.end_of(hint.steps[0].turn_id)
     with monkeypatch.context() as broken:
         broken.delattr(type(worker.bus), "read")
         await accepted(told.records[0], worker.work)
     assert len(stage.models.requests) == 1
 
 
+async def test_what_a_hint_brings_is_not_looked_up_in_the_log(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = stage.worker()
+    eager = Eager(lambda shard: True, there.work)
+    await eager.hear(await heard(stage))  # after which it knows the agent, and how far the log is
+    await stage.end_of(stage.sent[-1])
+    stage.workers[0].bus.on_append = None
+    await there.bus.read(Agent, stage.owner.agent_id, stage.owner.tenant_id, LATEST)
+    hint = await heard(stage)
+    with monkeypatch.context() as broken:
+        for look in ("sync", "read_stream", "read_stream_after", "read_after"):
+            broken.setattr(stage.log, look, _away)
+        await eager.hear(hint)
+        await until(lambda: _asked(stage, 2), "the model to be asked")
+    there.start()
+    assert (await stage.end_of(hint.steps[0].turn_id)).story == ANSWERED
+
+
 async def test_what_others_serve_is_left_to_them(stage: Stage) -> None:
-    steps, worker = await heard(stage), stage.workers[0]
+    hint, worker = await heard(stage), stage.workers[0]
     ours = shard_of(stage.owner.tenant_id)
     eager = Eager(lambda shard: shard != ours, worker.work)
-    eager.hear(steps)
+    await eager.hear(hint)
     assert not eager._tasks
 
 
 async def test_two_who_hear_of_it_begin_it_once(stage: Stage) -> None:
-    steps, worker = await heard(stage), stage.workers[0]
+    hint, worker = await heard(stage), stage.workers[0]
     eager = Eager(lambda shard: True, worker.work)
-    eager.hear(steps)
-    eager.hear(steps)
+    await eager.hear(hint)
+    await eager.hear(hint)
     await until(lambda: _ended(eager), "both to have looked")
-    assert (await stage.end_of(steps[0].turn_id)).story == ANSWERED
+    assert (await stage.end_of(hint.steps[0].turn_id)).story == ANSWERED
     assert len(stage.models.requests) == 1
 
 
 async def test_a_hint_about_what_is_not_there_harms_nobody(stage: Stage) -> None:
-    (step,) = await heard(stage)
+    hint = await heard(stage)
+    (step,) = hint.steps
     eager = Eager(lambda shard: True, stage.workers[0].work)
-    eager.hear([step._replace(tenant_id=step.turn_id), step._replace(turn_id=step.tenant_id), step])
+    others = step._replace(tenant_id=step.turn_id), step._replace(turn_id=step.tenant_id)
+    await eager.hear(hint._replace(steps=(*others, step)))
     assert (await stage.end_of(step.turn_id)).story == ANSWERED
 
 
 async def test_a_worker_without_a_slot_waits_for_the_record(stage: Stage) -> None:
-    steps, work = await heard(stage), stage.workers[0].work
+    hint, work = await heard(stage), stage.workers[0].work
     while not work.model_slots.locked():
         await work.model_slots.acquire()
     eager = Eager(lambda shard: True, work)
-    eager.hear(steps)
+    await eager.hear(hint)
     await until(lambda: _ended(eager), "it to have looked")
     assert not work.running and not stage.models.requests
     work.model_slots.release()
+
+
+async def _away(*arguments: object) -> None:
+    raise LogUnavailable("away")
+
+
+async def _asked(stage: Stage, count: int) -> bool:
+    await asyncio.sleep(0)
+    return len(stage.models.requests) >= count and not stage.workers[1].work.running
 
 
 async def _ended(eager: Eager) -> bool:

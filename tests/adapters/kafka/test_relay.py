@@ -147,6 +147,40 @@ async def test_what_was_committed_is_sent_at_once_when_the_relay_is_woken(stage:
         assert relay.trouble == ""
 
 
+async def test_what_the_relay_is_told_is_sent_without_a_look_and_what_it_is_not_told_is_read(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stage.running() as relay:
+        await holds_all(relay)
+        before = await stage.log.heads()
+        with monkeypatch.context() as broken:
+            broken.setattr(type(stage.log), "read_after", _away)
+            await stage.happen(8)
+            broken.undo()
+            told = await stage.log.read_after(before, 100)
+            broken.setattr(type(stage.log), "read_after", _away)
+            relay.wake([*reversed(told), *told])
+
+            async def is_sent() -> bool:
+                return relay.sent_count == 8 + 2 + 3
+
+            await until(is_sent, "what was told on the topics")
+        before = await stage.log.heads()
+        await stage.happen(8)
+        later = await stage.log.read_after(before, 100)
+        await stage.happen(8)
+        relay.wake((await stage.log.read_after(before, 100))[1:])
+        await stage.relayed()
+        relay.wake(later)
+        await stage.happen(1)
+        await stage.relayed()
+    await stage.is_on_firehose()
+
+
+async def _away(*arguments: object) -> None:
+    raise LogUnavailable("away")
+
+
 async def test_a_restarted_relay_goes_on_where_it_was(stage: Stage) -> None:
     await stage.happen(100)
     async with stage.running("one/first") as first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -12,10 +13,11 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg
 
 from adapters.postgres import hints as hints_module
-from adapters.postgres.hints import CHANNEL, Hints
-from schemas.hints import Hint
+from adapters.postgres.hints import CHANNEL, Hints, Sealing, listen
+from schemas.hints import Hint, written
 
 PATIENCE_S = 10.0
+KEY, OTHER_KEY = bytes(32), bytes(31) + b"1"
 LOOK_S = 0.01
 
 
@@ -54,7 +56,7 @@ def committed(shard: int, position: int) -> Any:
 
 
 async def test_another_process_hears_which_shards_grew(database_url: str):
-    teller, listener, ear = Hints(database_url), Hints(database_url), Ear()
+    teller, listener, ear = Hints(database_url, KEY), Hints(database_url, KEY), Ear()
     listener.on_hint(ear)
     async with running(teller, listener):
         await eventually(
@@ -63,7 +65,7 @@ async def test_another_process_hears_which_shards_grew(database_url: str):
 
 
 async def test_a_burst_of_commits_becomes_few_hints_and_the_last_head_arrives(database_url: str):
-    teller, listener, ear = Hints(database_url), Hints(database_url), Ear()
+    teller, listener, ear = Hints(database_url, KEY), Hints(database_url, KEY), Ear()
     listener.on_hint(ear)
     async with running(teller, listener):
         await eventually(lambda: ear.count > 0, lambda: teller.tell([committed(0, 1)]))
@@ -76,7 +78,7 @@ async def test_a_burst_of_commits_becomes_few_hints_and_the_last_head_arrives(da
 
 async def test_hints_come_again_after_their_connections_were_cut(database_url: str, monkeypatch: Any):
     monkeypatch.setattr(hints_module, "PAUSE_S", 0.05)
-    teller, listener, ear = Hints(database_url), Hints(database_url), Ear()
+    teller, listener, ear = Hints(database_url, KEY), Hints(database_url, KEY), Ear()
     listener.on_hint(ear)
     async with running(teller, listener):
         await eventually(lambda: ear.count > 0, lambda: teller.tell([committed(0, 1)]))
@@ -90,10 +92,46 @@ async def test_hints_come_again_after_their_connections_were_cut(database_url: s
 
 
 async def test_what_anybody_else_says_on_the_channel_ends_nothing(database_url: str):
-    teller, listener, ear = Hints(database_url), Hints(database_url), Ear()
+    teller, listener, ear = Hints(database_url, KEY), Hints(database_url, KEY), Ear()
     listener.on_hint(ear)
     async with running(teller, listener):
         await eventually(lambda: ear.count > 0, lambda: teller.tell([committed(0, 1)]))
         with psycopg.connect(database_url, autocommit=True) as connection:
-            connection.execute("SELECT pg_notify(%s, 'nonsense'), pg_notify(%s, '')", (CHANNEL, CHANNEL))
-        await eventually(lambda: ear.heads.get(1) == 2, lambda: teller.tell([committed(1, 2)]))
+            sealed = Sealing(OTHER_KEY).written(written(Hint({1: 2}, None, ())))
+            for said in ("nonsense", "", "AAAA", sealed, Sealing(KEY).written(b"nonsense")):
+                connection.execute("SELECT pg_notify(%s, %s)", (CHANNEL, said))
+        await eventually(lambda: ear.heads.get(3) == 4, lambda: teller.tell([committed(3, 4)]))
+        assert 1 not in ear.heads
+
+
+def test_what_was_sealed_is_read_by_those_who_have_the_key_as_long_as_nothing_is_changed():
+    here, there, stranger = Sealing(KEY), Sealing(KEY), Sealing(OTHER_KEY)
+    text = here.written(b"news")
+    assert [each.read(text) for each in (here, there, stranger)] == [b"news", b"news", None]
+    assert here.written(b"news") != text != there.written(b"news")
+    raw = b64decode(text)
+    changed = [raw[:n] + bytes([raw[n] ^ 1]) + raw[n + 1 :] for n in range(len(raw))]
+    assert [there.read(b64encode(each).decode()) for each in changed] == [None] * len(raw)
+
+
+async def test_a_channel_is_heard_whatever_is_said_and_after_an_outage(database_url: str, monkeypatch: Any):
+    monkeypatch.setattr(hints_module, "PAUSE_S", 0.05)
+    heard: list[str] = []
+
+    async def hear(said: str) -> None:
+        heard.append(said)
+
+    listening = asyncio.create_task(listen(database_url, "elsewhere", hear))
+    try:
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            for word in ("", "é"):
+                await eventually(
+                    lambda word=word: word in heard,
+                    lambda word=word: connection.execute("SELECT pg_notify('elsewhere', %s)", (word,)),
+                )
+                connection.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query = 'LISTEN elsewhere'"
+                )
+    finally:
+        listening.cancel()
+        await asyncio.wait({listening})
