@@ -147,6 +147,9 @@ class Bus:
         self._log, self._records, self.rules, self._clock = log, records, rules, clock
         self.on_commit = on_commit
         self.on_append: Appended | None = None
+        self.on_loaded: Committed = lambda records: (
+            None
+        )  # is told of all events of a stream that was read as a whole
         self._queue: deque[Waiting] = deque()
         self._by_id: dict[int, Waiting] = {}
         self._serving: asyncio.Task[None] | None = None
@@ -518,9 +521,12 @@ class Bus:
             rows = []  # they follow a state that this program cannot read: begin at the beginning
         complete = len(rows) < STREAM_EVENTS_MAX and (snapshot is None or root is not None)
         while True:
-            for record in await self._records.open(rows):
+            records = await self._records.open(rows)
+            for record in records:
                 owner, root = record.tenant_id, record.event.mutate(root)
             if complete:
+                if records and records[0].stream_version == 1:
+                    self.on_loaded(records)
                 return owner, root
             version = root.version if root is not None else 0
             page = await self._log.read_stream_after(shard, id, version, STREAM_EVENTS_MAX)

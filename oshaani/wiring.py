@@ -290,7 +290,7 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
             core.projector.offer(records)
             metrics.observe(records)
 
-        core.bus.on_commit = committed
+        core.bus.on_commit, core.bus.on_loaded = committed, work.history.loaded
         app = create_app(server)
         host.on_foreign = app.state.on_records
         yield Platform(core, feed, work, host, Sweeper(core.log, work), server, app)

@@ -251,6 +251,9 @@ async def _asking_of(turn: Turn, action: AskModel, work: Work) -> _Asking:
     agent = await agent_of(turn, work)
     _, settings = agent.settings_at(turn.config_version)
     messages_max = _history_messages(settings)
+    if turn.conversation_id is not None:
+        # Needed for the claim, too; those that are looked up at the same time share a look at the log.
+        await work.bus.read(Conversation, turn.conversation_id, turn.owner_id)
     past = await work.history.before(turn, messages_max)
     messages = messages_of(past.exchanges, past.question, turn, messages_max)
     return await _asking(agent, turn.config_version, past, messages, action.with_tools, work)

@@ -110,6 +110,14 @@ class ConversationHistory:
         while self._tails and (self._char_count > CHARS_MAX or len(self._tails) > CONVERSATIONS_MAX):
             self._drop(next(iter(self._tails)))
 
+    def loaded(self, records: Sequence[AnyRecord]) -> None:
+        """All events of a stream were read for another purpose: if it is a conversation, it is at hand now."""
+        if type(records[0].event) is Conversation.Started:
+            tail = self._tails.get(records[0].stream_id)
+            if tail is None or tail.version < records[-1].stream_version:
+                self._drop(records[0].stream_id)
+                self.observe(records)
+
     async def _read(self, turn: Turn, needed: int) -> _Tail:
         assert turn.conversation_id is not None
         # The newest events may belong to later messages, which wait in the queue; they come on top.

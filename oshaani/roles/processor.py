@@ -109,6 +109,7 @@ async def processor(settings: Settings, dsn: str, announce: Announce, name: str)
             ]
 
         core.bus.on_commit, core.bus.on_append = committed, hints.tell
+        core.bus.on_loaded = work.history.loaded
         _listen(hints, name, host, work)
         await stack.enter_async_context(operators(settings, life, ready, metrics, announce))
         parts = {"hints": hints.run(), "heartbeat": sweeper.beat(), name: host.run()}

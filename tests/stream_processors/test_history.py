@@ -11,8 +11,10 @@ import pytest
 from adapters.memory.event_log import MemoryEventLog
 from commands.bus import Bus
 from commands.turn import CancelTurn
+from domain.conversation import Conversation
 from domain.ids import ConversationId
 from domain.turn import Turn
+from schemas.records import AnyRecord
 from stream_processors.history import ConversationHistory, Past
 from tests.commands.write_side import BY, Owner, memory_records, rules, signed_up
 from tests.stream_processors.stage import ScriptedModels, Stage
@@ -106,3 +108,35 @@ async def test_erased_text_is_named_as_such(talk: Talk) -> None:
     turn = await talk.say("secret")
     await talk.records._keys.destroy(talk.owner.tenant_id)
     assert texts(await talk.fresh().before(turn, 10)) == ["[erased]"]
+
+
+async def test_a_conversation_that_was_read_to_decide_on_it_need_not_be_read_again(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await talk.say("one"), await talk.say("two")
+    there, history = Bus(talk.log, talk.records, talk.bus.rules), talk.fresh()
+    there.on_loaded = history.loaded
+    await there.read(Turn, second.turn_id, talk.owner.tenant_id)
+    await there.read(Conversation, talk.conversation_id, talk.owner.tenant_id)
+    expected = [texts(await talk.fresh().before(turn, 10)) for turn in (first, second)]
+    with monkeypatch.context() as broken:
+        broken.delattr(MemoryEventLog, "read_stream")
+        assert [texts(await history.before(turn, 10)) for turn in (first, second)] == expected
+
+
+async def test_what_was_read_before_never_replaces_what_is_known_since(talk: Talk) -> None:
+    told: list[list[AnyRecord]] = []
+    await talk.say("one")
+    there = Bus(talk.log, talk.records, talk.bus.rules)
+    there.on_loaded = lambda records: told.append([*records])
+    await there.read(Conversation, talk.conversation_id, talk.owner.tenant_id)
+    history = talk.fresh()
+    talk.bus.on_commit = history.observe
+    (records,) = told
+    history.loaded(records)
+    turn = await talk.say("two")
+    history.loaded(records)
+    past = await history.before(turn, 10)
+    assert past.question == "two"
+    assert history._tails[talk.conversation_id].version == turn.message_version + 1
+    assert history._char_count == sum(tail.char_count for tail in history._tails.values()) == len("onetwo")
