@@ -1,7 +1,8 @@
 """The host of the processor that watches usage: the base app with one Faust table.
 
 The table is kept in memory. Its changelog is a topic of ours, made like all others by `oshaani topics apply`; Faust reads
-it to the end before it delivers the first record of a partition that a worker has been given.
+it to the end before it delivers the first record of a partition that a worker has been given. Many records change the
+same few rows: a row is written once for all that changed it within `GATHER_S`, and each of them waits for that.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from stream_processors.runner import Supplies
 from stream_processors.slot import Slot
 
 TABLE = "usage"
+GATHER_S = 0.2
 
 
 class AnalyticsHost(FaustHost):
@@ -34,6 +36,8 @@ class AnalyticsHost(FaustHost):
     ) -> None:
         super().__init__(processor, supplies, kafka, slot, names)
         self._table: Any = None
+        self._changed: dict[bytes, int] = {}  # rows that are to be written, and their shards
+        self._writing: asyncio.Task[None] | None = None  # those, together
         supplies.work.usage_rows = self
 
     def get(self, key: bytes) -> bytes | None:
@@ -47,8 +51,21 @@ class AnalyticsHost(FaustHost):
             self._table.data.pop(key, None)
         else:
             self._table.data[key] = value
-        sent = self._table.send_changelog(self._partition_of(shard), key, value, value_serializer="raw")
-        return asyncio.ensure_future(_acknowledged(sent))
+        self._changed[key] = shard
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+        return self._writing
+
+    async def _write(self) -> None:
+        await asyncio.sleep(GATHER_S)
+        changed, self._changed, self._writing = self._changed, {}, None
+        sent = [
+            self._table.send_changelog(
+                self._partition_of(shard), key, self._table.data.get(key), value_serializer="raw"
+            )
+            for key, shard in changed.items()
+        ]
+        await asyncio.gather(*sent)
 
     def _new_app(self) -> Any:
         app = super()._new_app()
@@ -61,7 +78,3 @@ class AnalyticsHost(FaustHost):
             changelog_topic=changelog,
         )
         return app
-
-
-async def _acknowledged(sent: Awaitable[Any]) -> None:
-    await sent

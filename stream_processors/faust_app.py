@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
@@ -102,7 +102,8 @@ class FaustHost:
     ) -> None:
         self.names = names or Names.of(processor.name)
         self._kafka, self._slot, self._partitions = kafka, slot, 1
-        self._hint = supplies.work.bus.hint
+        # Is told by each record how far its shard has grown at least.
+        self.on_grown: Callable[[Mapping[int, int]], None] = lambda heads: None
         self._source: Source[Delivery] = Source(self._acknowledge, self._pause, self._resume)
         self.runner = Runner(processor, supplies, self._partition_of, self._source, self._leave_dead_letter)
         self._app: Any = None
@@ -269,8 +270,7 @@ class FaustHost:
         try:
             row = wire.unpack(message.value or b"")
             delivery = Delivery.of_row(row, origin=event)
-            # The record itself says that its shard has grown.
-            self._hint({row.shard: row.position})
+            self.on_grown({row.shard: row.position})
         except (wire.UnknownFormat, wire.Malformed) as unknown:
             key = message.key or b""
             is_ours = len(key) == _STREAM_ID_BYTES

@@ -76,7 +76,10 @@ class UsageRows(Protocol):
         """The row as this worker has it."""
 
     def put(self, shard: int, key: bytes, value: bytes | None) -> Awaitable[None]:
-        """Keep a row, or with None remove it: here at once, durably when what is returned has ended."""
+        """Keep a row, or with None remove it: here at once, durably when what is returned has ended.
+
+        Others may wait for the same: it must not be cancelled.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -286,7 +286,7 @@ async def note_tool_call(record: AnyRecord, work: Work) -> Awaitable[None]:
     """Remember the call until its turn ends, which says whose it is."""
     rows = _rows(work)
     key = _calls_of(record.stream_id)
-    return rows.put(record.shard, key, _encode(called(_calls_in(rows, key), record.event)))
+    return _all([rows.put(record.shard, key, _encode(called(_calls_in(rows, key), record.event)))])
 
 
 @usage_analytics.on(Turn.Completed, Turn.Failed, Turn.TimedOut, Turn.Cancelled)
@@ -322,8 +322,8 @@ async def _note(record: AnyRecord, work: Work, agent_id: UUID | None, use: Use) 
         if alerts:
             # First: a row that says it was told must not be kept of an alert that nobody was told.
             await _tell(alerts, record, work)
-        if usage.position == record.position:
-            kept.append(rows.put(record.shard, key, _encode(usage)))
+        # Also what it has already: perhaps it was not kept.
+        kept.append(rows.put(record.shard, key, _encode(usage)))
     return kept
 
 
@@ -352,4 +352,5 @@ def _calls_in(rows: UsageRows, key: bytes) -> OpenCalls:
 
 
 async def _all(kept: Sequence[Awaitable[None]]) -> None:
-    await asyncio.gather(*kept)
+    for each in set(kept):  # rows that are written together are waited for as one
+        await asyncio.shield(each)  # others wait for them, too

@@ -348,6 +348,7 @@ async def _worker(
     supplies = Supplies(work, log, parts.records, MemoryParkedRecords())
     names = Names(topic, f"{topic}.group", f"{topic}.dlq")
     host, sweeper = FaustHost(processor, supplies, WorkerKafka(config), names=names), Sweeper(log, work)
+    host.on_grown = bus.hint
     if processor is agent_turns:
         hints.on_hint(Eager(host.serves, work).hear)
     return work, [host.run(), sweeper.beat(), sweeper.run()]

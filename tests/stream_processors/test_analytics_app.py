@@ -6,13 +6,14 @@ import asyncio
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from adapters.kafka.clients import KafkaConfig, open_producer
+from adapters.kafka.clients import KafkaConfig, open_consumer, open_producer
 from adapters.memory.publisher import MemoryPublisher
 from domain.event_log import StoredEvent
 from schemas import wire
@@ -108,6 +109,27 @@ async def expected_of(stage: Stage, records: list[AnyRecord]) -> MemoryRows:
             assert later is not None
             await later
     return rows
+
+
+async def test_a_row_is_written_once_for_many_that_change_it(
+    broker: str, topics: PrivateTopics, staged: Staged
+) -> None:
+    stage, rows = await happened(staged)
+    expected = await expected_of(stage, await stage.happened())
+    watching = Watching(broker, topics)
+    await watching.carry(rows)
+    keys = [row_of(stage.owner.tenant_id), row_of(stage.owner.tenant_id, stage.owner.agent_id)]
+    async with watching.worker() as host:
+        for key in keys:
+            await watching.reaches(host, key, usage_in(expected, key))
+    written: list[bytes] = []
+    async with open_consumer(KafkaConfig.at(broker), "reader", watching.changelog) as consumer:
+        ends = await consumer.end_offsets(consumer.assignment())
+        while any([await consumer.position(each) < end for each, end in ends.items()]):
+            for found in (await consumer.getmany(timeout_ms=100)).values():
+                written += [record.key for record in found]
+    counts = Counter(written)
+    assert all(0 < counts[key] < TURNS for key in keys)
 
 
 async def test_a_new_worker_goes_on_from_what_was_counted(
