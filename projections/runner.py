@@ -39,6 +39,7 @@ BATCH_MAX = 1_000  # records in one transaction
 OFFERED_MAX = 50_000  # records kept in memory; beyond it they are read from the log again
 LINGER_S = 0.2  # how long a batch waits for company when nobody waits for it
 POLL_FIRST_S, POLL_MAX_S = 0.05, 0.25  # a key revoked by another process is refused within a second
+LOOK_S = 1.0  # how often the log's heads are looked at while catching up
 PAUSE_FIRST_S, PAUSE_MAX_S = 0.1, 2.0
 BATCH_S = 9.0  # what one transaction may take before its connection is cut
 FORGET_S = 600.0  # and one that empties all rows of a person
@@ -96,6 +97,7 @@ class Runner:
         self._metrics: Metrics = metrics or NoMetrics()
         self._works: dict[str, Progress] = {}
         self._heads = [0] * SHARDS
+        self._looked_s = -LOOK_S
         self._offered: deque[AnyRecord] = deque()
         self._behind = True  # the log has, or may have, what was not offered
         self._wake, self._urgent, self._ready = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -283,6 +285,7 @@ class Runner:
         return True
 
     async def _log_has_more(self) -> bool:
+        self._looked_s = monotonic()
         for shard, head in (await self._log.heads()).items():
             self._heads[shard] = head
         for name, event_count in self.lag().items():
@@ -330,6 +333,8 @@ class Runner:
 
     async def _fetched(self) -> _Batch:
         """From the log."""
+        if monotonic() >= self._looked_s + LOOK_S:
+            await self._log_has_more()  # how far it is behind, for those who ask
         cursors = {shard: self._applied(shard) for shard in range(SHARDS) if shard not in self._torn}
         rows = await self._log.read_after(cursors, BATCH_MAX)
         self._behind = len(rows) == BATCH_MAX

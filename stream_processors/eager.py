@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from uuid import UUID
 
 from domain.ids import TurnId, UserId, shard_of
 from schemas.hints import Hint
@@ -18,9 +19,9 @@ log_of = logging.getLogger(__name__)
 
 
 class Eager:
-    """Hears of steps for `agent_turns`. `serves` says whether the records of a shard come to this worker."""
+    """Hears of steps for `agent_turns`. `serves` says whether this worker handles the records of a shard's stream."""
 
-    def __init__(self, serves: Callable[[int], bool], work: Work) -> None:
+    def __init__(self, serves: Callable[[int, UUID], bool], work: Work) -> None:
         self._serves, self._work = serves, work
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -29,7 +30,7 @@ class Eager:
         work = self._work
         work.history.observe(await work.bus.take_in(hint.heads, hint.rows, begun=True))
         for turn_id, tenant_id, version in hint.steps:
-            if self._serves(shard_of(UserId(tenant_id))):
+            if self._serves(shard_of(UserId(tenant_id)), turn_id):
                 taking = take_up(TurnId(turn_id), UserId(tenant_id), version, work)
                 task = asyncio.create_task(taking)
                 self._tasks.add(task)

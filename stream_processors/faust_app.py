@@ -168,9 +168,10 @@ class FaustHost:
             self._waits_for,
         )
 
-    def serves(self, shard: int) -> bool:
-        """Whether the records of a shard come to this worker, as far as it knows."""
-        return not self._draining and self._partition_of(shard) in self.runner.pool.partitions
+    def serves(self, shard: int, stream_id: UUID) -> bool:
+        """Whether the records of a stream come to this worker and are handled when they come, as far as it knows."""
+        is_ours = not self._draining and self._partition_of(shard) in self.runner.pool.partitions
+        return is_ours and not self.runner.may_wait(stream_id)
 
     def ready(self) -> bool:
         """Whether it takes part in its group; without a partition too, when there are fewer than workers."""

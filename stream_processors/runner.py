@@ -141,6 +141,10 @@ class Runner:
         """Streams that wait, as far as this process knows."""
         return len(self._waiting)
 
+    def may_wait(self, stream_id: UUID) -> bool:
+        """Whether a stream waits for an operator, or that is not known yet."""
+        return not self._is_known or stream_id in self._waiting
+
     def wants(self, event_type: str) -> bool:
         """Whether events of this type concern the processor; those of a type nobody knows may."""
         return event_type in self._types or event_type not in EVENT_TYPES

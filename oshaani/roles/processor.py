@@ -49,9 +49,9 @@ SWEEPING = ("agent_turns", "tool_calls", "notifications")  # those that take up 
 
 # Those whose work nobody waits for take records together.
 GATHER_MS = {
-    "agent_turns": 100,  # a hint came before
+    "agent_turns": 250,  # a hint came before
     "credit_debits": 100,
-    "notifications": 100,
+    "notifications": 250,
     "public_topics": 500,
     "usage_analytics": 500,
 }

@@ -17,7 +17,7 @@ from projections.catalogue import PROJECTIONS
 from projections.parking import Parking
 from projections.projection import Insert, Projection, Update
 from projections.reconciliation import reconcile
-from projections.runner import Runner
+from projections.runner import NoMetrics, Runner
 from projections.users import users
 from schemas.records import AnyRecord, Record
 from tests.peers.proxy import Fault, proxy_before
@@ -98,6 +98,23 @@ async def test_what_was_never_offered_is_read_from_the_log(world: World) -> None
         await all_applied(world, runner)
         assert await world.query("SELECT name FROM app_user") == [("Ada 1 \u2713",)]
         assert set(runner.lag().values()) == {0}
+
+
+async def test_who_catches_up_says_how_far_it_is_behind(world: World) -> None:
+    async with running(first := world.runner()):
+        await all_applied(world, first)
+    await life_of(person(world, 1))
+    ahead = sum((await world.log.heads()).values())
+
+    seen: list[int] = []
+
+    class Behind(NoMetrics):
+        def lag(self, projection: str, event_count: int) -> None:
+            seen.append(event_count)
+
+    async with running(second := world.runner(metrics=Behind())):
+        await all_applied(world, second)
+    assert seen[0] == ahead > 0
 
 
 async def test_a_hole_in_what_was_offered_is_filled_from_the_log(world: World) -> None:

@@ -49,13 +49,13 @@ async def stage(staged: Staged) -> AsyncIterator[Stage]:
 
 async def test_a_turn_is_answered_before_its_record_comes(stage: Stage) -> None:
     hint = await heard(stage)
-    await Eager(lambda shard: True, stage.workers[0].work).hear(hint)
+    await Eager(lambda shard, turn_id: True, stage.workers[0].work).hear(hint)
     assert (await stage.end_of(hint.steps[0].turn_id)).story == ANSWERED
 
 
 async def test_its_record_finds_that_done(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     hint, worker = await heard(stage), stage.workers[0]
-    await Eager(lambda shard: True, worker.work).hear(hint)
+    await Eager(lambda shard, turn_id: True, worker.work).hear(hint)
     told = await stage.end_of(hint.steps[0].turn_id)
     with monkeypatch.context() as broken:
         broken.delattr(type(worker.bus), "read")
@@ -67,7 +67,7 @@ async def test_what_a_hint_brings_is_not_looked_up_in_the_log(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = stage.worker()
-    eager = Eager(lambda shard: True, there.work)
+    eager = Eager(lambda shard, turn_id: True, there.work)
     await eager.hear(await heard(stage))  # after which it knows the agent, and how far the log is
     await stage.end_of(stage.sent[-1])
     stage.workers[0].bus.on_append = None
@@ -85,14 +85,14 @@ async def test_what_a_hint_brings_is_not_looked_up_in_the_log(
 async def test_what_others_serve_is_left_to_them(stage: Stage) -> None:
     hint, worker = await heard(stage), stage.workers[0]
     ours = shard_of(stage.owner.tenant_id)
-    eager = Eager(lambda shard: shard != ours, worker.work)
+    eager = Eager(lambda shard, turn_id: shard != ours, worker.work)
     await eager.hear(hint)
     assert not eager._tasks
 
 
 async def test_two_who_hear_of_it_begin_it_once(stage: Stage) -> None:
     hint, worker = await heard(stage), stage.workers[0]
-    eager = Eager(lambda shard: True, worker.work)
+    eager = Eager(lambda shard, turn_id: True, worker.work)
     await eager.hear(hint)
     await eager.hear(hint)
     await until(lambda: _ended(eager), "both to have looked")
@@ -103,7 +103,7 @@ async def test_two_who_hear_of_it_begin_it_once(stage: Stage) -> None:
 async def test_a_hint_about_what_is_not_there_harms_nobody(stage: Stage) -> None:
     hint = await heard(stage)
     (step,) = hint.steps
-    eager = Eager(lambda shard: True, stage.workers[0].work)
+    eager = Eager(lambda shard, turn_id: True, stage.workers[0].work)
     others = step._replace(tenant_id=step.turn_id), step._replace(turn_id=step.tenant_id)
     await eager.hear(hint._replace(steps=(*others, step)))
     assert (await stage.end_of(step.turn_id)).story == ANSWERED
@@ -113,7 +113,7 @@ async def test_a_worker_without_a_slot_waits_for_the_record(stage: Stage) -> Non
     hint, work = await heard(stage), stage.workers[0].work
     while not work.model_slots.locked():
         await work.model_slots.acquire()
-    eager = Eager(lambda shard: True, work)
+    eager = Eager(lambda shard, turn_id: True, work)
     await eager.hear(hint)
     await until(lambda: _ended(eager), "it to have looked")
     assert not work.running and not stage.models.requests

@@ -181,8 +181,10 @@ async def test_what_could_not_be_handled_is_left_as_a_dead_letter_with_its_cause
 
 
 async def test_a_record_in_a_form_of_the_future_parks_its_stream_which_the_log_can_tell(group: Group) -> None:
-    group.start()
+    host, _ = group.start()
+    assert not host.serves(6, group.streams[6][1])
     await group.hear(await group.happen(1))
+    assert host.serves(6, group.streams[6][1])
     unread = await group.append(6)
     await group.send([(b"\xfe" + wire.pack(unread)[1:], unread.stream_id.bytes, 6)])
 
@@ -193,6 +195,7 @@ async def test_a_record_in_a_form_of_the_future_parks_its_stream_which_the_log_c
     (parked,) = await group.parked.streams()
     assert (parked.stream_id, parked.stuck.shard, parked.stuck.position) == (unread.stream_id, 6, 0)
     assert "254" in parked.stuck.error
+    assert not host.serves(6, parked.stream_id) and host.serves(2, group.streams[2][1])
     later = await group.append(6)
     await group.send([(wire.pack(later), later.stream_id.bytes, 6)])
     await group.hear(await group.happen(1, [2]))
