@@ -70,6 +70,9 @@ class CheckpointWatch:
     async def _applied(self, shard: int) -> int:
         async with self._pool.connection(timeout=LOOK_LIMIT_S) as connection:
             with self._deadline(connection, LOOK_LIMIT_S):
-                # Postgres counts the elements of an array from 1.
-                row = await (await connection.execute(_APPLIED, (shard + 1,))).fetchone()
+                try:
+                    # Postgres counts the elements of an array from 1.
+                    row = await (await connection.execute(_APPLIED, (shard + 1,))).fetchone()
+                except psycopg.errors.UndefinedTable:
+                    return 0  # the projector has not begun yet
         return row[0] or 0 if row else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,7 +33,7 @@ from projections.tool_calls import list_tool_calls
 from projections.turns import get_turn, list_turns
 from projections.usage import get_usage
 from projections.users import get_user
-from tests.projections.world import Person, World, all_applied, life_of, person, running
+from tests.projections.world import WAIT_S, Person, World, all_applied, life_of, person, running
 
 
 @dataclass
@@ -239,6 +240,19 @@ async def test_another_process_waits_by_the_checkpoints(scene: Scene) -> None:
     head = (await scene.world.query("SELECT shard, position FROM event WHERE stream_id = %s", outcome_of))[0]
     assert await watch(*head)
     assert not await watch(head[0], head[1] + 1_000, timeout_s=0.05)
+
+
+async def test_who_waits_before_the_projector_has_begun_is_served_when_it_has(world: World) -> None:
+    ada = person(world, 1)
+    await ada.signs_up()
+    head = (await world.query("SELECT shard, max(position) FROM event GROUP BY shard"))[0]
+    watch = CheckpointWatch(world.pool, deadline)
+    assert not await watch(*head, timeout_s=0.05)
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(watch(*head, timeout_s=WAIT_S))
+        await asyncio.sleep(0)
+        async with running(world.runner()):
+            assert await waiting
 
 
 async def test_a_database_that_is_gone_is_one_named_error(scene: Scene) -> None:
