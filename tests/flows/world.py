@@ -255,8 +255,11 @@ class Layout(World):
         said = self.server.log.read_text().count(line)
 
         def armed() -> bool:
-            os.kill(self.pid_of(slot), signal.SIGUSR1)
-            return self.server.log.read_text().count(line) > said
+            if self.server.log.read_text().count(line) > said:
+                return True
+            with suppress(ProcessLookupError):  # the one before it has just ended
+                os.kill(self.pid_of(slot), signal.SIGUSR1)
+            return False
 
         until(armed, f"{point} to be armed in {slot}")
 
