@@ -269,7 +269,6 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
         means = await stack.enter_async_context(means_of(core))
         feed = MemoryTurnFeed()
         work = work_of(core, means, f"embedded/{uuid4()}", feed)
-        work.first_calls = True
         parked = parked_records.PostgresParkedRecords(core.pool)
         host = ProcessorHost(core.log, core.records, PROCESSORS, work, parked)
         server = await stack.enter_async_context(
@@ -278,7 +277,7 @@ async def platform(core: Core) -> AsyncIterator[Platform]:
                 means,
                 feed,
                 lambda: _ready(core, host),
-                prepare=lambda message: with_first_call(message, work),
+                prepare=lambda message: with_first_call(message, work, work.worker),
             )
         )
         metrics = PlatformMetrics(server.metrics, lambda: _queues(core, host, work))

@@ -19,6 +19,7 @@ from schemas.records import AnyRecord
 
 BYTES_MAX = 5_950  # of a hint, so that it fits into a notification of 7999 bytes as base64, sealed
 NAMED_MAX = 80  # turns in one hint, so that it fits without rows
+STEPS_MAX = 40  # likewise
 ROWS_BYTES_MAX = 5_500  # of a hint that has rows, with the turns that they tell of
 ROW_BYTES = 300  # what a row takes besides its two parts, and the naming of its turn
 _AWAITED = (
@@ -33,11 +34,19 @@ _AWAITED = (
 
 
 class Step(NamedTuple):
-    """A turn that has something to do for a worker, as of this version of its stream."""
+    """A turn that has something to do, as of this version of its stream: for `worker`, or for any when that is ""."""
 
     turn_id: UUID
     tenant_id: UUID
     version: int
+    worker: str = ""
+
+
+class Serving(NamedTuple):
+    """That a worker takes up the turns of these shards."""
+
+    worker: str
+    shards: tuple[int, ...]
 
 
 class Hint(NamedTuple):
@@ -45,13 +54,17 @@ class Hint(NamedTuple):
 
     `heads`: where the shards that grew end now. `turns`: those of which whoever follows them wants to hear; None when they
     are too many to be named. `steps`: turns to be taken up, perhaps not all of them. `rows`: what was committed, in
-    order, if it fits; else none.
+    order, if it fits; else none. `serving`: who says it, if it is a worker.
     """
 
     heads: Mapping[int, int]
     turns: frozenset[UUID] | None
     steps: tuple[Step, ...]
     rows: tuple[StoredEvent, ...] = ()
+    serving: Serving | None = None
+
+
+NOTHING_NEW = Hint({}, frozenset(), ())
 
 
 class News:
@@ -75,6 +88,9 @@ class News:
                     isinstance(event, Turn.Accepted) and not event.queued and not event.invoked
                 ):
                     self._steps.append(Step(record.stream_id, record.tenant_id, record.stream_version))
+            elif isinstance(event, Turn.ModelCallStarted):
+                if self._steps and self._steps[-1].turn_id == record.stream_id:
+                    self._steps[-1] = self._steps[-1]._replace(worker=event.worker)
             elif isinstance(event, Conversation.TurnActivated):
                 self._steps.append(Step(event.turn_id, record.tenant_id, 1))
         self._rows_bytes += sum(ROW_BYTES + len(row.payload) + len(row.personal or b"") for row in rows)
@@ -88,7 +104,7 @@ class News:
         turns = frozenset(self._turns) if len(self._turns) <= NAMED_MAX else None
         # Some of many would save nobody the look at the log, which costs the less for each the more there are.
         rows = tuple(self._rows) if self._rows_bytes <= ROWS_BYTES_MAX else ()
-        hint = Hint(self._heads, turns, tuple(self._steps[:NAMED_MAX]), rows)
+        hint = Hint(self._heads, turns, tuple(self._steps[:STEPS_MAX]), rows)
         self._heads, self._turns, self._steps, self._rows, self._rows_bytes = {}, set(), [], [], 0
         return hint
 

@@ -2,8 +2,8 @@
 
 Reads `Turn.Accepted`, `Conversation.TurnActivated`, `Turn.ToolCalled` and what ends a turn; asks for `StartModelCall`,
 `CompleteModelCall` and their kin. Safe to replay: what a turn needs next follows from its events alone, and the claim
-is decided under the log's lock. Where messages are accepted by the worker's own process, the first model call is
-claimed together with the message (`with_first_call`).
+is decided under the log's lock. Whoever accepts a message and knows the worker that will take it up claims the first
+model call for it together with the message (`with_first_call`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ async def accepted(record: AnyRecord, work: Work) -> None:
         return
     turn_id, tenant_id, version = TurnId(record.stream_id), UserId(record.tenant_id), record.stream_version
     if not work.taken_up.take((turn_id, version)):
-        await step(turn_id, tenant_id, work, version, is_new=work.first_calls)
+        await step(turn_id, tenant_id, work, version)
 
 
 @agent_turns.on(Conversation.TurnActivated)
@@ -103,21 +103,18 @@ async def ended_early(record: AnyRecord, work: Work) -> None:
     work.stop_turn(record.stream_id)
 
 
-async def take_up(turn_id: TurnId, tenant_id: UserId, version: int, work: Work) -> None:
-    """Begin a step that was heard of before its record has come, which makes sure."""
-    if not work.model_slots.locked():
+async def take_up(
+    turn_id: TurnId, tenant_id: UserId, version: int, work: Work, *, is_claimed: bool = False
+) -> None:
+    """Begin a step that was heard of before its record has come, which makes sure; at once if it can only be ours."""
+    if is_claimed or not work.model_slots.locked():
         await step(turn_id, tenant_id, work, version)
         if turn_id in work.running:
             work.taken_up.put((turn_id, version), True)
 
 
-async def step(
-    turn_id: TurnId, tenant_id: UserId, work: Work, version: int = 1, *, is_new: bool = False
-) -> None:
-    """Do what the turn needs next, as of `version` of its stream or later, if it is ours to do.
-
-    `is_new`: this is the first that we hear of it, so that a model call claimed for us has not been begun.
-    """
+async def step(turn_id: TurnId, tenant_id: UserId, work: Work, version: int = 1) -> None:
+    """Do what the turn needs next, as of `version` of its stream or later, if it is ours to do."""
     if turn_id in work.running:
         return
     try:
@@ -132,7 +129,7 @@ async def step(
             case GiveUp() | Answer():
                 ending = EndOverdueTurn(tenant_id=tenant_id, turn_id=turn_id)
                 await work.ask(ending, derived(turn_id, "end_overdue", turn.version), turn_id)
-            case Await() if is_new and turn.open_call and turn.open_call.worker == work.worker:
+            case Await() if turn.open_call and _waits_for_us(turn.open_call, work):
                 await _ask_claimed(turn, turn.open_call, work)
             case _:
                 pass  # somebody is at it, or it is over, or its time has not come
@@ -169,12 +166,12 @@ class _Asking:
     with_tools: bool
     tools: Mapping[str, Tool]
 
-    def plan(self, work: Work) -> ModelCallPlan:
-        """The call as it is claimed and recorded."""
+    def plan(self, work: Work, worker: str) -> ModelCallPlan:
+        """The call as it is claimed for a worker, and recorded."""
         return ModelCallPlan(
             provider=self.card.provider if self.card else "none",
             model=self.card.name if self.card else f"model {self.model_id}",
-            worker=work.worker,
+            worker=worker,
             deadline_at=work.clock() + timedelta(seconds=work.model_timeout_s),
             with_tools=self.with_tools,
             history_versions=self.past.versions,
@@ -184,12 +181,12 @@ class _Asking:
         )
 
 
-async def with_first_call(command: SendMessage, work: Work) -> SendMessage:
-    """The message with its model call, if this worker can go on with it at once: that saves a write and a wait.
+async def with_first_call(command: SendMessage, work: Work, worker: str | None) -> SendMessage:
+    """The message with its model call, for the worker that can go on with it at once: that saves a write and a wait.
 
     Nothing is claimed by this. What does not fit when the message is decided is run as any other turn.
     """
-    if not work.first_calls or work.model_slots.locked():
+    if worker is None or work.model_slots.locked():
         return command
     try:
         agent = await work.bus.read(Agent, command.agent_id, command.tenant_id)
@@ -208,9 +205,10 @@ async def with_first_call(command: SendMessage, work: Work) -> SendMessage:
     except (Refusal, LogUnavailable):
         return command  # whatever is wrong is said when it is decided
     first_call = FirstCall(
-        plan=asking.plan(work), config_version=config_version, message_version=message_version
+        plan=asking.plan(work, worker), config_version=config_version, message_version=message_version
     )
-    work.planned.put(command.turn_id, (first_call, asking))
+    if worker == work.worker:
+        work.planned.put(command.turn_id, (first_call, asking))
     return replace(command, first_call=first_call)
 
 
@@ -219,7 +217,7 @@ async def _ask_model(turn: Turn, action: AskModel, work: Work) -> None:
     claimed = False
     try:
         asking = await _asking_of(turn, action, work)
-        plan = asking.plan(work)
+        plan = asking.plan(work, work.worker)
         start = StartModelCall(tenant_id=turn.owner_id, turn_id=turn.turn_id, action=action, plan=plan)
         command_id = derived(turn.id, "ask", action.iteration, action.attempt, work.worker)
         outcome = await work.persist(start, command_id, turn.id, turn.limits.deadline_at)
@@ -232,8 +230,22 @@ async def _ask_model(turn: Turn, action: AskModel, work: Work) -> None:
         _begin(turn, action, asking, min(plan.deadline_at, turn.limits.deadline_at), work)
 
 
+def _waits_for_us(call: OpenCall, work: Work) -> bool:
+    """Whether a call was claimed for this worker by somebody else, and not begun."""
+    return call.worker == work.worker and (call.call_id, call.attempt) not in work.begun
+
+
 async def _ask_claimed(turn: Turn, call: OpenCall, work: Work) -> None:
     """Make the model call that was claimed for this worker when the message was accepted."""
+    work.begun.put((call.call_id, call.attempt), True)
+    try:
+        await _ask_planned(turn, call, work)
+    except BaseException:
+        work.begun.take((call.call_id, call.attempt))
+        raise
+
+
+async def _ask_planned(turn: Turn, call: OpenCall, work: Work) -> None:
     action = AskModel(call.iteration, call.attempt, turn.asked_with_tools, None)
     planned: tuple[FirstCall, _Asking] | None = work.planned.take(turn.id)
     if planned is not None and fits(planned[0], turn, action):
@@ -285,6 +297,7 @@ def _begin(turn: Turn, action: AskModel, asking: _Asking, deadline_at: datetime,
         timeout_s=max(0.001, (deadline_at - work.clock()).total_seconds()),
         idempotency_key=str(call_of(turn.id, action.iteration)),
     )
+    work.begun.put((call_of(turn.id, action.iteration), action.attempt), True)
     work.spawn(turn.id, turn.id, _converse(turn, action, request, asking.tools, work))
 
 

@@ -29,9 +29,10 @@ class Eager:
         """Take in what the hint brings, and take those steps up that are ours, in the background."""
         work = self._work
         work.history.observe(await work.bus.take_in(hint.heads, hint.rows, begun=True))
-        for turn_id, tenant_id, version in hint.steps:
-            if self._serves(shard_of(UserId(tenant_id)), turn_id):
-                taking = take_up(TurnId(turn_id), UserId(tenant_id), version, work)
+        for turn_id, tenant_id, version, worker in hint.steps:
+            is_claimed = worker == work.worker
+            if is_claimed or (not worker and self._serves(shard_of(UserId(tenant_id)), turn_id)):
+                taking = take_up(TurnId(turn_id), UserId(tenant_id), version, work, is_claimed=is_claimed)
                 task = asyncio.create_task(taking)
                 self._tasks.add(task)
                 task.add_done_callback(self._ended)

@@ -168,10 +168,17 @@ class FaustHost:
             self._waits_for,
         )
 
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Those whose records come to this worker, as far as it knows."""
+        if self._draining or self._waits_for:
+            return ()
+        ours = self.runner.pool.partitions
+        return tuple(shard for shard in range(SHARDS) if self._partition_of(shard) in ours)
+
     def serves(self, shard: int, stream_id: UUID) -> bool:
         """Whether the records of a stream come to this worker and are handled when they come, as far as it knows."""
-        is_ours = not self._draining and self._partition_of(shard) in self.runner.pool.partitions
-        return is_ours and not self.runner.may_wait(stream_id)
+        return shard in self.shards and not self.runner.may_wait(stream_id)
 
     def ready(self) -> bool:
         """Whether it takes part in its group; without a partition too, when there are fewer than workers."""

@@ -126,6 +126,9 @@ class Latest(Generic[KeyT, ValueT]):
     def take(self, key: KeyT) -> ValueT | None:
         return self._values.pop(key, None)
 
+    def __contains__(self, key: KeyT) -> bool:
+        return key in self._values
+
 
 @dataclass(slots=True)
 class Work:
@@ -144,8 +147,12 @@ class Work:
     out: WayOut | None = None  # without one, this worker leaves callbacks to others
     erasing: Erasing | None = None  # without it, erasures are left to others
     running: dict[UUID, Running] = field(default_factory=dict)
-    first_calls: bool = False  # whether messages are accepted in this process, with their first model calls
-    planned: Latest[UUID, Any] = field(default_factory=lambda: Latest(MODEL_CALLS_MAX))  # those, by turn
+    planned: Latest[UUID, Any] = field(
+        default_factory=lambda: Latest(MODEL_CALLS_MAX)
+    )  # first calls, by turn
+    begun: Latest[tuple[UUID, int], bool] = field(
+        default_factory=lambda: Latest(TAKEN_UP_MAX)
+    )  # calls, by attempt
     taken_up: Latest[tuple[UUID, int], bool] = field(
         default_factory=lambda: Latest(TAKEN_UP_MAX)
     )  # steps begun

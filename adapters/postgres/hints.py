@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from adapters.crypto import NotAuthentic, derive, seal, unseal
 from adapters.postgres.pool import connect, deadline
 from domain.event_log import StoredEvent
-from schemas.hints import Hint, News, read, written
+from schemas.hints import NOTHING_NEW, Hint, News, Serving, read, written
 from schemas.records import AnyRecord
 
 log_of = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ TELL_S = 2.0  # what sending one may take before its connection is cut
 PAUSE_S = 1.0  # after the database failed
 SENDER_BYTES = 8
 SENDERS_MAX = 1_000  # whose keys are kept at hand
+ANNOUNCE_S = 0.5
 CHECK_S = 5.0  # a silent connection is tried this often, so that a dead one is noticed
 # The transaction of a NOTIFY needs no disk: what it tells of is durable already.
 _PLANS = "-c synchronous_commit=off"
@@ -83,10 +84,19 @@ class Hints:
         self._dsn, self._sealing = dsn, Sealing(key)
         self._news, self._told = News(), asyncio.Event()
         self._listeners: list[Listener] = []
+        self._serving: Callable[[], Serving] | None = None
 
     def tell(self, records: Sequence[AnyRecord], rows: Sequence[StoredEvent] = ()) -> None:
         """Say soon that these are committed. Never blocks."""
         self._news.add(records, rows)
+        self._told.set()
+
+    def announce(self, serving: Callable[[], Serving]) -> None:
+        """Say with every hint, and at least every `ANNOUNCE_S`, what this worker serves."""
+        self._serving = serving
+
+    def wake(self) -> None:
+        """Say now what there is to say."""
         self._told.set()
 
     def on_hint(self, listener: Listener) -> None:
@@ -104,10 +114,12 @@ class Hints:
     async def _send(self, connection: Connection) -> None:
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(CHECK_S):
+                async with asyncio.timeout(CHECK_S if self._serving is None else ANNOUNCE_S):
                     await self._told.wait()
             self._told.clear()
             hint = self._news.take()
+            if self._serving is not None:
+                hint = (hint or NOTHING_NEW)._replace(serving=self._serving())
             with deadline(connection, TELL_S):
                 if hint is not None:
                     text = self._sealing.written(written(hint))

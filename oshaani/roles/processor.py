@@ -25,6 +25,7 @@ from oshaani.roles.life import DRAIN_S, Announce, Life, database_answers, operat
 from oshaani.settings import Settings
 from oshaani.wiring import PROCESSORS, Core, core_of, hints_of, means_of, utc_now, work_of
 from schemas.cloud_events import CloudEvents
+from schemas.hints import Serving
 from schemas.records import AnyRecord
 from schemas.topics import TURN_STREAM
 from stream_processors.agent_turns import agent_turns
@@ -119,9 +120,16 @@ async def processor(settings: Settings, dsn: str, announce: Announce, name: str)
         async with ending.parts(parts):
             _settle(name)
             await ending.wait()
-            await asyncio.gather(host.drain(), work.drain(DRAIN_S))
-            await core.bus.drain()
+            await _drain(host, work, hints)
     ending.check()
+
+
+async def _drain(host: FaustHost, work: Work, hints: Hints) -> None:
+    draining = asyncio.gather(host.drain(), work.drain(DRAIN_S))
+    await asyncio.sleep(0)
+    hints.wake()  # nothing more is served here
+    await draining
+    await work.bus.drain()
 
 
 def _settle(name: str) -> None:
@@ -135,6 +143,7 @@ def _listen(hints: Hints, name: str, host: FaustHost, work: Work) -> None:
     """Have those told who gain by it: each listener is woken by every commit."""
     if name == agent_turns.name:
         hints.on_hint(Eager(host.serves, work).hear)
+        hints.announce(lambda: Serving(work.worker, host.shards))
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,10 +42,12 @@ from adapters.tools.catalogue import ToolCatalogue
 from adapters.tools.tool import tool
 from adapters.webhooks import DerivedWebhookSecrets
 from api.app import create_app
-from api.server import Check, Limits, NumberedModel, Prepare, Server, as_it_is
+from api.server import Check, Limits, NumberedModel, Prepare, Server
 from commands.bus import Bus
 from commands.command import Rules
+from commands.turn import SendMessage
 from domain.event_log import LockedLog, LogUnavailable
+from domain.ids import shard_of
 from domain.plans import plans_with
 from domain.ports import (
     Effect,
@@ -68,6 +70,7 @@ from projections.read_side import Pool, ReadSide
 from projections.runner import Runner
 from schemas import wire
 from schemas.codec import type_of
+from schemas.hints import Hint, Serving
 from schemas.records import AnyRecord, Records
 from schemas.topics import LOG, TURN_STREAM, work_topic
 from schemas.turn_feed import TurnFeed
@@ -78,6 +81,7 @@ from stream_processors.history import ConversationHistory
 from stream_processors.processor import Processor, WayOut, Work
 from stream_processors.runner import Supplies
 from stream_processors.sweeper import Sweeper
+from stream_processors.workers import Workers
 from tests.peers.brokers import PrivateTopics
 
 MASTER_KEY = bytes(range(32))
@@ -258,7 +262,6 @@ def _embedded(parts: _Parts) -> _Layout:
     bus = Bus(parts.log, parts.records, parts.rules)
     projector, feed = Runner(parts.pool, deadline, parts.log, parts.records), MemoryTurnFeed()
     work = parts.work("tests/1", bus, feed)
-    work.first_calls = True
     host = ProcessorHost(parts.log, parts.records, PROCESSORS, work, MemoryParkedRecords())
     sweeper = Sweeper(parts.log, work)
 
@@ -271,7 +274,9 @@ def _embedded(parts: _Parts) -> _Layout:
     bus.on_commit = committed
     tasks = [projector.run(), host.run(), sweeper.beat(), sweeper.run()]
     db = ReadSide(parts.pool, deadline, projector.caught_up)
-    return _Layout(bus, db, feed, tasks, [work], [], lambda message: with_first_call(message, work))
+    return _Layout(
+        bus, db, feed, tasks, [work], [], lambda message: with_first_call(message, work, work.worker)
+    )
 
 
 async def _over_kafka(parts: _Parts, database_url: str, broker: str, closing: AsyncExitStack) -> _Layout:
@@ -288,12 +293,21 @@ async def _over_kafka(parts: _Parts, database_url: str, broker: str, closing: As
         for listener in heard:
             listener(records)
 
+    work, workers = parts.work("tests-api/1", bus, feed), Workers()
+
     def committed(batch: Sequence[AnyRecord]) -> None:
         tail.offer(batch)
+        work.history.observe(batch)
         feed.publish(batch)
 
+    async def take_in(hint: Hint) -> None:
+        work.history.observe(await bus.take_in(hint.heads, hint.rows))
+
+    def prepare(message: SendMessage) -> Awaitable[SendMessage]:
+        return with_first_call(message, work, workers.of(shard_of(message.tenant_id)))
+
     tail = LogTail(parts.log, parts.records, hear, feed.is_followed)
-    bus.on_commit, bus.on_append = committed, hints.tell
+    bus.on_commit, bus.on_append, bus.on_loaded = committed, hints.tell, work.history.loaded
     leases = PostgresLeases(parts.pool)
     types = {
         topic.name: {type_of(event_class).name for event_class in each.handlers}
@@ -306,7 +320,8 @@ async def _over_kafka(parts: _Parts, database_url: str, broker: str, closing: As
         await runner.offer_rows([wire.unpack(value) for value in values])
 
     hints.on_hint(tail.hear)
-    hints.on_hint(lambda hint: bus.take_in(hint.heads, hint.rows))
+    hints.on_hint(workers.hear)
+    hints.on_hint(take_in)
     hints.on_hint(lambda hint: relay.wake(hint.rows))
 
     async def awaited(said: str) -> None:
@@ -319,13 +334,13 @@ async def _over_kafka(parts: _Parts, database_url: str, broker: str, closing: As
     ]
     producer = await closing.enter_async_context(open_producer(config, "tests-worker"))
     tasks.append(feed.send(producer))
-    workers = [
+    processors = [
         await _worker(each, topic.name, parts, feed, hints, database_url, config, closing)
         for topic, each in zip(works, PROCESSORS, strict=True)
     ]
-    tasks += [task for _, own in workers for task in own]
+    tasks += [task for _, own in processors for task in own]
     db = ReadSide(parts.pool, deadline, CheckpointWatch(parts.pool, deadline))
-    return _Layout(bus, db, feed, tasks, [work for work, _ in workers], heard, as_it_is)
+    return _Layout(bus, db, feed, tasks, [work for work, _ in processors], heard, prepare)
 
 
 async def _worker(
@@ -351,6 +366,7 @@ async def _worker(
     host.on_grown = bus.hint
     if processor is agent_turns:
         hints.on_hint(Eager(host.serves, work).hear)
+        hints.announce(lambda: Serving(work.worker, host.shards))
     return work, [host.run(), sweeper.beat(), sweeper.run()]
 
 

@@ -14,7 +14,7 @@ from commands.bus import Bus
 from domain.event_log import StoredEvent
 from domain.ids import SHARDS, shard_of
 from domain.turn import Turn
-from schemas.hints import NAMED_MAX, Hint, News, Step, read, written
+from schemas.hints import NAMED_MAX, STEPS_MAX, Hint, News, Serving, Step, read, written
 from schemas.records import AnyRecord
 from tests.commands.write_side import BY, memory_records, rules, signed_up
 from tests.schemas.rows import rows
@@ -22,13 +22,15 @@ from tests.schemas.rows import rows
 NOTIFICATION_BYTES_MAX = 8_000
 SEALING = Sealing(bytes(32))
 _heads = st.dictionaries(st.integers(0, SHARDS - 1), st.integers(1, 2**62), min_size=1)
-_steps = st.builds(Step, st.uuids(), st.uuids(), st.integers(1, 10_000))
+_steps = st.builds(Step, st.uuids(), st.uuids(), st.integers(1, 10_000), st.text(max_size=60))
+_serving = st.builds(Serving, st.text(max_size=60), st.frozensets(st.integers(0, SHARDS - 1)).map(tuple))
 _hints = st.builds(
     Hint,
     _heads,
     st.none() | st.frozensets(st.uuids(), max_size=NAMED_MAX),
-    st.lists(_steps, max_size=NAMED_MAX).map(tuple),
+    st.lists(_steps, max_size=10).map(tuple),
     st.lists(rows, max_size=3).map(tuple),
+    st.none() | _serving,
 )
 
 
@@ -104,10 +106,14 @@ def test_nothing_is_read_of_what_others_say() -> None:
 
 
 def test_the_longest_hint_fits_into_a_notification() -> None:
-    steps = tuple(Step(uuid4(), uuid4(), 2**31) for _ in range(NAMED_MAX))
+    worker = f"agent_turns-10/{uuid4()}"
+    steps = tuple(Step(uuid4(), uuid4(), 2**31, worker) for _ in range(STEPS_MAX))
     turns = frozenset(uuid4() for _ in range(NAMED_MAX))
     heads = dict.fromkeys(range(SHARDS), 2**62)
-    assert len(SEALING.written(written(Hint(heads, turns, steps)))) < NOTIFICATION_BYTES_MAX
+    assert (
+        len(SEALING.written(written(Hint(heads, turns, steps, (), Serving(worker, tuple(range(SHARDS)))))))
+        < NOTIFICATION_BYTES_MAX
+    )
 
 
 async def test_a_message_tells_of_its_turn_and_that_it_waits_for_a_worker() -> None:
@@ -136,7 +142,7 @@ async def test_news_are_told_once_and_of_many_turns_none_is_named() -> None:
     news.add(records)
     hint = news.take()
     assert hint is not None
-    assert (hint.turns, len(hint.steps)) == (None, NAMED_MAX)
+    assert (hint.turns, len(hint.steps)) == (None, STEPS_MAX)
     assert news.take() is None
 
 

@@ -171,7 +171,6 @@ class Worker:
         self.work = Work(
             name, bus, stage.models, stage.tools, self.history, self.feed, bus._clock, model_timeout_s
         )
-        self.work.first_calls = stage.at_once
         self.host = ProcessorHost(stage.log, stage.records, processors, self.work, stage.parked)
         self.sweeper = Sweeper(stage.log, self.work)
         self.tasks: list[asyncio.Task[None]] = []
@@ -244,8 +243,9 @@ class Stage:
 
     async def send(self, content: str = "Is it so?", **changes: Any) -> SendMessage:
         command = self.owner.message(content, **changes)
-        if self.workers[0].delivers:
-            command = await with_first_call(command, self.workers[0].work)
+        if self.at_once and self.workers[0].delivers:
+            work = self.workers[0].work
+            command = await with_first_call(command, work, work.worker)
         await self.bus.execute(command, by=BY)
         self.sent.append(command.turn_id)
         return command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
@@ -10,10 +11,12 @@ import pytest
 
 from commands.agent import ChangeAgent
 from commands.turn import SendMessage
-from domain.ids import ConversationId
+from domain.ids import ConversationId, TurnId
 from domain.prompt import digest_of
 from domain.turn import Turn
+from schemas.hints import News
 from stream_processors.agent_turns import with_first_call
+from stream_processors.eager import Eager
 from stream_processors.processor import Work
 from tests.commands.write_side import BY, log_of
 from tests.stream_processors.conftest import Staged
@@ -76,7 +79,7 @@ async def test_a_message_without_a_past_is_planned_without_one(staged: Staged) -
 
 async def test_a_plan_that_the_configuration_has_overtaken_is_dropped(staged: Staged) -> None:
     stage = await staged().begin(system_prompt="Be brief.")
-    planned = await with_first_call(stage.owner.message(), work_of(stage))
+    planned = await with_first_call(stage.owner.message(), work_of(stage), work_of(stage).worker)
     assert planned.first_call is not None
     changed = ChangeAgent(
         tenant_id=stage.owner.tenant_id,
@@ -95,7 +98,9 @@ async def test_a_plan_that_another_message_has_overtaken_is_dropped(staged: Stag
     conversation_id = ConversationId(uuid4())
     named: dict[str, Any] = {"conversation_id": conversation_id, "beginning": "named", "name": "thread"}
     await stage.ask("zero", **named)
-    planned = await with_first_call(stage.owner.message("two", **named), work_of(stage))
+    planned = await with_first_call(
+        stage.owner.message("two", **named), work_of(stage), work_of(stage).worker
+    )
     assert planned.first_call is not None
     await stage.ask("one", **named)
     told = await execute(stage, planned)
@@ -109,9 +114,9 @@ async def test_a_message_planned_again_is_asked_with_what_was_claimed(staged: St
     named: dict[str, Any] = {"conversation_id": conversation_id, "beginning": "named", "name": "thread"}
     await stage.ask("zero", **named)
     message = stage.owner.message("two", **named)
-    before = await with_first_call(message, work)
+    before = await with_first_call(message, work, work.worker)
     await stage.ask("one", **named)
-    now = await with_first_call(message, work)
+    now = await with_first_call(message, work, work.worker)
     assert before.first_call and now.first_call and before.first_call != now.first_call
     told = await execute(stage, now)
     assert told.events(Turn.ContextAssembled)[0].prompt_digest == digest_of(
@@ -127,14 +132,14 @@ async def test_a_claimed_call_whose_plan_is_forgotten_or_another_one_s_is_planne
     work, conversation_id = work_of(stage), ConversationId(uuid4())
     named: dict[str, Any] = {"conversation_id": conversation_id, "beginning": "named", "name": "thread"}
     await stage.ask("zero", **named)
-    forgotten = await with_first_call(stage.owner.message("one", **named), work)
+    forgotten = await with_first_call(stage.owner.message("one", **named), work, work.worker)
     work.planned.take(forgotten.turn_id)
     await execute(stage, forgotten)
     message = stage.owner.message("two", **named)
-    await with_first_call(message, work)
+    await with_first_call(message, work, work.worker)
     stale = work.planned.take(message.turn_id)
     await stage.ask("three", **named)
-    planned = await with_first_call(message, work)
+    planned = await with_first_call(message, work, work.worker)
     work.planned.put(message.turn_id, stale)
     told = await execute(stage, planned)
     writers = await writers_of(stage, told)
@@ -145,7 +150,48 @@ async def test_a_claimed_call_whose_plan_is_forgotten_or_another_one_s_is_planne
 async def test_a_conversation_that_is_not_at_hand_is_left_to_whoever_hears_of_it(staged: Staged) -> None:
     stage = await staged().begin()
     message = stage.owner.message(conversation_id=ConversationId(uuid4()), beginning="existing")
-    assert await with_first_call(message, work_of(stage)) == message
+    assert await with_first_call(message, work_of(stage), work_of(stage).worker) == message
+
+
+async def test_a_message_whose_worker_nobody_knows_is_left_to_whoever_hears_of_it(staged: Staged) -> None:
+    stage = await staged().begin()
+    message = stage.owner.message()
+    assert await with_first_call(message, work_of(stage), None) == message
+
+
+async def test_a_call_claimed_for_another_worker_is_made_by_that_one_once(staged: Staged) -> None:
+    stage = await staged().begin()
+    here, there = stage.workers[0], stage.worker()
+    news = News()
+    here.bus.on_append = news.add
+    planned = await with_first_call(stage.owner.message(), here.work, there.work.worker)
+    here.bus.on_append = news.add
+    await here.bus.execute(planned, by=BY)
+    stage.sent.append(planned.turn_id)
+    hint = news.take()
+    assert hint is not None and [step.worker for step in hint.steps] == [there.work.worker]
+    assert not stage.models.requests and not here.work.planned.take(planned.turn_id)
+    # Whether the records of its shard come there or not.
+    elsewhere = Eager(lambda shard, turn_id: False, there.work)
+    await asyncio.gather(elsewhere.hear(hint), elsewhere.hear(hint))
+    await Eager(lambda shard, turn_id: True, here.work).hear(hint)
+    there.start()
+    told = await stage.end_of(planned.turn_id)
+    assert told.story == ANSWERED
+    assert told.events(Turn.ModelCallStarted)[0].worker == there.work.worker
+    assert len(stage.models.requests) == 1
+
+
+async def test_a_worker_that_missed_the_hint_begins_when_the_record_comes(staged: Staged) -> None:
+    stage = await staged().begin()
+    here, there = stage.workers[0], stage.worker().start()
+    await here.bus.execute(await with_first_call(stage.owner.message(), here.work, there.work.worker), by=BY)
+    (turn_id,) = {
+        row.stream_id for row in await log_of(stage.log, stage.owner.tenant_id) if row.type == "Turn.Accepted"
+    }
+    stage.sent.append(TurnId(turn_id))
+    assert (await stage.end_of(TurnId(turn_id))).story == ANSWERED
+    assert len(stage.models.requests) == 1
 
 
 async def test_a_worker_that_is_at_as_many_calls_as_it_can_make_plans_none(staged: Staged) -> None:
@@ -153,19 +199,19 @@ async def test_a_worker_that_is_at_as_many_calls_as_it_can_make_plans_none(stage
     work, message = work_of(stage), stage.owner.message()
     while not work.model_slots.locked():
         await work.model_slots.acquire()
-    assert await with_first_call(message, work) == message
+    assert await with_first_call(message, work, work.worker) == message
 
 
 async def test_what_is_wrong_with_a_message_is_said_when_it_is_decided(staged: Staged) -> None:
     stage = await staged().begin()
     message = stage.owner.message(by_owner=False, agent_id=uuid4())
-    assert await with_first_call(message, work_of(stage)) == message
+    assert await with_first_call(message, work_of(stage), work_of(stage).worker) == message
 
 
 async def test_a_process_that_dies_before_it_begins_is_replaced(staged: Staged) -> None:
     stage = await staged().begin()
     accepting = stage.workers[0]
-    planned = await with_first_call(stage.owner.message(), accepting.work)
+    planned = await with_first_call(stage.owner.message(), accepting.work, accepting.work.worker)
     await accepting.kill()
     await accepting.bus.execute(planned, by=BY)
     stage.sent.append(planned.turn_id)

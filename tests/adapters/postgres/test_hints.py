@@ -14,7 +14,7 @@ import psycopg
 
 from adapters.postgres import hints as hints_module
 from adapters.postgres.hints import CHANNEL, Hints, Sealing, listen
-from schemas.hints import Hint, written
+from schemas.hints import Hint, Serving, written
 
 PATIENCE_S = 10.0
 KEY, OTHER_KEY = bytes(32), bytes(31) + b"1"
@@ -112,6 +112,25 @@ def test_what_was_sealed_is_read_by_those_who_have_the_key_as_long_as_nothing_is
     raw = b64decode(text)
     changed = [raw[:n] + bytes([raw[n] ^ 1]) + raw[n + 1 :] for n in range(len(raw))]
     assert [there.read(b64encode(each).decode()) for each in changed] == [None] * len(raw)
+
+
+async def test_a_worker_says_what_it_serves_again_and_again_and_with_its_news(
+    database_url: str, monkeypatch: Any
+):
+    monkeypatch.setattr(hints_module, "ANNOUNCE_S", 0.02)
+    teller, listener = Hints(database_url, KEY), Hints(database_url, KEY)
+    heard: list[Hint] = []
+    listener.on_hint(heard.append)
+    shards = [(1, 2), (3,)]
+    teller.announce(lambda: Serving("one/1", shards[0]))
+    async with running(teller, listener):
+        await eventually(lambda: len(heard) > 3)
+        teller.tell([committed(3, 7)])
+        await eventually(lambda: any(hint.heads == {3: 7} for hint in heard))
+        assert {hint.serving for hint in heard} == {Serving("one/1", (1, 2))}
+        del shards[0]
+        teller.wake()
+        await eventually(lambda: heard[-1].serving == Serving("one/1", (3,)))
 
 
 async def test_a_channel_is_heard_whatever_is_said_and_after_an_outage(database_url: str, monkeypatch: Any):
