@@ -3,6 +3,9 @@
 Whatever is not acknowledged yet is kept, in order. When the producer fails, for example because the broker was away
 for longer than it waits, another one begins with the oldest of it: so each message is published at least once, and no
 message is published for the first time before an earlier one with the same topic and key.
+
+What is given within `GATHER_S` goes in one batch for each partition, and the batches in one request: the client's own
+lingering would begin anew for each partition, and make a request of nearly each.
 """
 
 from __future__ import annotations
@@ -13,17 +16,23 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+from aiokafka.partitioner import murmur2
 
 from domain.ports import PublicMessage
+from schemas.topics import RECORD_BYTES_MAX
 
 log_of = logging.getLogger(__name__)
 
 MESSAGES_MAX = 5_000  # not acknowledged yet
-SEND_S = 30.0  # what taking one message may last, its topic's metadata included
+GATHER_S = 0.1
+TOGETHER_MAX = 1_000
+SEND_S = 30.0  # what handing them to the client may last, their topics' metadata included
+KEYS_MAX = 20_000  # whose partitions are known
 FLUSH_S = 5.0  # what is waited for in the end
 PAUSE_FIRST_S, PAUSE_MAX_S = 0.1, 2.0
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
@@ -43,6 +52,22 @@ class _Batch:
 class _Entry:
     message: PublicMessage
     batch: _Batch
+
+
+@dataclass(slots=True, eq=False)
+class _Filling:
+    """A batch of the client's, and which messages are in it."""
+
+    builder: Any
+    numbers: list[int]
+
+    def add(self, number: int, key: bytes, message: PublicMessage) -> bool:
+        taken = self.builder.append(
+            timestamp=None, key=key, value=message.value, headers=list(message.headers)
+        )
+        if taken is not None:
+            self.numbers.append(number)
+        return taken is not None
 
 
 class KafkaPublisher:
@@ -123,36 +148,55 @@ class KafkaPublisher:
     async def _send_all(self, producer: AIOKafkaProducer, failed: asyncio.Future[None]) -> None:
         while True:
             while self._unsent:
-                number = self._unsent.popleft()
-                entry = self._unacknowledged.get(number)
-                if entry is not None:
-                    await self._send_one(producer, failed, number, entry.message)
+                count = min(len(self._unsent), TOGETHER_MAX)
+                async with asyncio.timeout(SEND_S):
+                    await self._send_some(producer, failed, [self._unsent.popleft() for _ in range(count)])
             self._given.clear()
             await self._given.wait()
+            await asyncio.sleep(GATHER_S)
 
-    async def _send_one(
-        self, producer: AIOKafkaProducer, failed: asyncio.Future[None], number: int, message: PublicMessage
+    async def _send_some(
+        self, producer: AIOKafkaProducer, failed: asyncio.Future[None], numbers: Sequence[int]
     ) -> None:
-        try:
-            async with asyncio.timeout(SEND_S):
-                delivery = await producer.send(
-                    message.topic, message.value, message.key.encode(), headers=list(message.headers)
-                )
-        except TOO_LARGE as failure:
-            self._give_up(number, failure)
-            return
-        delivery.add_done_callback(lambda done: self._delivered(number, done, failed))
+        filling: dict[tuple[str, int], _Filling] = {}
+        for number in numbers:
+            entry = self._unacknowledged.get(number)
+            if entry is None:
+                continue
+            message, key = entry.message, entry.message.key.encode()
+            if len(key) + len(message.value or b"") > RECORD_BYTES_MAX:
+                self._give_up(number, MessageSizeTooLargeError())
+                continue
+            to = message.topic, _hashed(key) % len(await producer.partitions_for(message.topic))
+            batch = filling.get(to)
+            if batch is None or not batch.add(number, key, message):
+                if batch is not None:
+                    await self._send(producer, failed, to, batch)
+                # An empty batch takes a message whatever its size.
+                batch = filling[to] = _Filling(producer.create_batch(), [])
+                batch.add(number, key, message)
+        for to, batch in filling.items():
+            await self._send(producer, failed, to, batch)
 
-    def _delivered(self, number: int, delivery: Any, failed: asyncio.Future[None]) -> None:
+    async def _send(
+        self, producer: AIOKafkaProducer, failed: asyncio.Future[None], to: tuple[str, int], batch: _Filling
+    ) -> None:
+        topic, partition = to
+        delivery = await producer.send_batch(batch.builder, topic, partition=partition)
+        delivery.add_done_callback(partial(self._delivered, batch.numbers, failed))
+
+    def _delivered(self, numbers: Sequence[int], failed: asyncio.Future[None], delivery: Any) -> None:
         failure = ConnectionError("closed") if delivery.cancelled() else delivery.exception()
         if failure is None:
-            entry = self._remove(number)
-            if entry is not None:
-                entry.batch.left -= 1
-                if entry.batch.left == 0 and not entry.batch.acknowledged.done():
-                    entry.batch.acknowledged.set_result(None)
+            for number in numbers:
+                entry = self._remove(number)
+                if entry is not None:
+                    entry.batch.left -= 1
+                    if entry.batch.left == 0 and not entry.batch.acknowledged.done():
+                        entry.batch.acknowledged.set_result(None)
         elif isinstance(failure, TOO_LARGE):
-            self._give_up(number, failure)
+            for number in numbers:  # one: batches of many are smaller than what a broker takes
+                self._give_up(number, failure)
         elif not failed.done():
             failed.set_exception(failure)
             failed.exception()
@@ -167,6 +211,12 @@ class KafkaPublisher:
         if len(self._unacknowledged) < MESSAGES_MAX:
             self._ebbed.set()
         return entry
+
+
+@lru_cache(KEYS_MAX)
+def _hashed(key: bytes) -> int:
+    """What every Kafka client divides by the number of partitions to find a key's."""
+    return int(murmur2(key)) & 0x7FFFFFFF
 
 
 @asynccontextmanager

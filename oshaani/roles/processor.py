@@ -56,7 +56,6 @@ GATHER_MS = {
     "public_topics": 500,
     "usage_analytics": 500,
 }
-LINGER_MS = 50  # of messages for subscribers
 
 # Faust tells of each of its parts that begins and ends under the name of the module that derives from it.
 TALKATIVE = ("stream_processors.faust_app", "adapters.kafka.faust_consumer")
@@ -148,7 +147,7 @@ def _listen(hints: Hints, name: str, host: FaustHost, work: Work) -> None:
 
 @asynccontextmanager
 async def _publication(core: Core, config: KafkaConfig, life: Life) -> AsyncIterator[Publication]:
-    async with kafka_publisher(lambda: open_producer(config, life.slot, linger_ms=LINGER_MS)) as publisher:
+    async with kafka_publisher(lambda: open_producer(config, life.slot)) as publisher:
         events = CloudEvents(core.settings.base_url)
         yield Publication(publisher, events, core.log, core.records, utc_now)
 

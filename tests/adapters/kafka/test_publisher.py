@@ -66,6 +66,22 @@ async def test_messages_arrive_once_and_in_order_per_key(broker: str, topics: Pr
     assert read(broker, topic.name)[0][2] == {"ce_id": b"0"}
 
 
+async def test_a_key_is_on_the_partition_where_other_clients_put_it(
+    broker: str, topics: PrivateTopics
+) -> None:
+    (topic,) = topics.create(TURNS)
+    keys = [f"key {n}" for n in range(50)]
+    async with kafka_publisher(opening(broker)) as publisher, opening(broker)() as other:
+        await (await publisher.send([PublicMessage(topic.name, key, b"ours") for key in keys]))
+        theirs = [await other.send_and_wait(topic.name, b"theirs", key.encode()) for key in keys]
+    ours = {
+        message.key().decode(): message.partition()
+        for message in read_all(broker, topic.name)[1]
+        if message.value() == b"ours"
+    }
+    assert ours == {key: each.partition for key, each in zip(keys, theirs, strict=True)}
+
+
 async def test_a_key_without_value_is_a_tombstone(broker: str, topics: PrivateTopics) -> None:
     (topic,) = topics.create(TURNS)
     async with kafka_publisher(opening(broker)) as publisher:
