@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from re import compile as pattern_of
 from typing import Any
 from uuid import UUID
@@ -54,6 +55,7 @@ OPTIONAL_HEADERS = ("ce_causationid", "ce_traceparent")
 # What belongs to no single record of the log, alerts and the states of agents, has none of these.
 RECORD_HEADERS = ("ce_oshaanishard", "ce_oshaaniposition", "ce_correlationid", *OPTIONAL_HEADERS)
 OF_NO_RECORD = (AgentState, SpendAnomaly, ToolFailing)
+Headers = tuple[tuple[str, bytes], ...]
 _TRACEPARENT = pattern_of(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context §3.2
 
 
@@ -91,11 +93,8 @@ class CloudEvents:
     def of_agent(self, state: AgentState, at: datetime) -> PublicMessage:
         """What an agent is; the latest stays."""
         name, id = FACT_NAMES[AgentState], derived(state.agent_id, "state", state.version)
-        headers = {
-            **self._required(name, id, state.agent_id, at),
-            "ce_oshaanitenant": str(state.tenant_id),
-        }
-        return PublicMessage(AGENT_STATE.name, str(state.agent_id), data_of_fact(state), _encoded(headers))
+        headers = self._required(name, id, state.agent_id, state.tenant_id, at)
+        return PublicMessage(AGENT_STATE.name, str(state.agent_id), data_of_fact(state), headers)
 
     def of_deleted_agent(self, agent_id: UUID) -> PublicMessage:
         """Takes an agent's state away."""
@@ -103,39 +102,40 @@ class CloudEvents:
 
     def of_alert(self, alert: Fact, id: UUID, tenant_id: UUID, at: datetime) -> PublicMessage:
         """An alert about usage; it follows from many records, and belongs to none."""
-        name = FACT_NAMES[type(alert)]
-        headers = {**self._required(name, id, tenant_id, at), "ce_oshaanitenant": str(tenant_id)}
-        return PublicMessage(PUBLIC["usage"].name, str(tenant_id), data_of_fact(alert), _encoded(headers))
+        headers = self._required(FACT_NAMES[type(alert)], id, tenant_id, tenant_id, at)
+        return PublicMessage(PUBLIC["usage"].name, str(tenant_id), data_of_fact(alert), headers)
 
-    def _headers(
-        self, name: str, id: UUID, subject: UUID, record: AnyRecord
-    ) -> tuple[tuple[str, bytes], ...]:
-        headers = {
-            **self._required(name, id, subject, record.recorded_at),
-            "ce_oshaanishard": str(record.shard),
-            "ce_oshaaniposition": str(record.position),
-            "ce_oshaanitenant": str(record.tenant_id),
-            "ce_correlationid": str(record.correlation_id),
-        }
+    def _headers(self, name: str, id: UUID, subject: UUID, record: AnyRecord) -> Headers:
+        headers = [
+            *self._required(name, id, subject, record.tenant_id, record.recorded_at),
+            ("ce_oshaanishard", b"%d" % record.shard),
+            ("ce_oshaaniposition", b"%d" % record.position),
+            ("ce_correlationid", str(record.correlation_id).encode()),
+        ]
         if record.causation_id is not None:
-            headers["ce_causationid"] = str(record.causation_id)
+            headers.append(("ce_causationid", str(record.causation_id).encode()))
         # It came from outside with a request; nothing else may travel in it.
         if record.traceparent is not None and _TRACEPARENT.fullmatch(record.traceparent):
-            headers["ce_traceparent"] = record.traceparent
-        return _encoded(headers)
+            headers.append(("ce_traceparent", record.traceparent.encode()))
+        return tuple(headers)
 
-    def _required(self, name: str, id: UUID, subject: UUID, at: datetime) -> dict[str, str]:
-        return {
-            "ce_specversion": "1.0",
-            "ce_id": str(id),
-            "ce_type": name,
-            "ce_source": self.base_url,
-            "ce_subject": str(subject),
-            "ce_time": at.astimezone(UTC).isoformat(),
-            "ce_dataschema": f"{self.base_url}{SCHEMAS_PATH}/{name}.json",
-            "content-type": CONTENT_TYPE,
-        }
+    def _required(self, name: str, id: UUID, subject: UUID, tenant_id: UUID, at: datetime) -> Headers:
+        return (
+            *_constant(self.base_url, name),
+            ("ce_id", str(id).encode()),
+            ("ce_subject", str(subject).encode()),
+            ("ce_time", at.astimezone(UTC).isoformat().encode()),
+            ("ce_oshaanitenant", str(tenant_id).encode()),
+        )
 
 
-def _encoded(headers: Mapping[str, str]) -> tuple[tuple[str, bytes], ...]:
-    return tuple((name, value.encode()) for name, value in headers.items())
+@cache
+def _constant(base_url: str, name: str) -> Headers:
+    """What all messages of a type have in common."""
+    return (
+        ("ce_specversion", b"1.0"),
+        ("ce_type", name.encode()),
+        ("ce_source", base_url.encode()),
+        ("ce_dataschema", f"{base_url}{SCHEMAS_PATH}/{name}.json".encode()),
+        ("content-type", CONTENT_TYPE.encode()),
+    )
