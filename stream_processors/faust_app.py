@@ -243,7 +243,7 @@ class FaustHost:
             autodiscover=False,
         )
         app.transport.Consumer = self._kafka.consumer
-        topic = partial(app.topic, key_type=bytes, value_type=bytes)
+        topic = partial(app.topic, schema=_Bytes(key_type=bytes, value_type=bytes))
         self._dead_letters = topic(self.names.dead_letters)
         app.agent(topic(self.names.topic), name=self.runner.processor.name)(self._consume)
         app.on_partitions_revoked.connect(self._on_revoked)
@@ -337,6 +337,18 @@ class FaustHost:
             else:
                 return
         log_of.error("no dead letter was left for offset %d of %s", message.offset, message.tp)
+
+
+class _Bytes(faust.Schema[bytes, bytes]):
+    """Keys and values as they came, which is what the codecs of a schema would make of them, step by step."""
+
+    def compile(self, app: Any, **_: Any) -> Any:
+        create_event = app.create_event
+
+        async def decode(message: Any, *, propagate: bool = False) -> Any:
+            return create_event(message.key, message.value, message.headers, message)
+
+        return decode
 
 
 class _App(faust.App):
