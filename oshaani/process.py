@@ -22,7 +22,7 @@ SUPERVISED = "OSHAANI_SUPERVISED"  # set for processes that must not outlive the
 PARENT_LOOK_S = 1.0
 STREAMS_S = 2  # what open HTTP streams get at the end
 CANCEL_S = 3.0
-BACKGROUND_NICE = 5
+BACKGROUND_NICE = 15
 AUTOGROUP = Path("/proc/self/autogroup")
 
 
