@@ -30,6 +30,7 @@ from tests.flows.real_server import MASTER_KEY, ROOT, Answer, RealServer, free_p
 LAYOUT = str(ROOT / "tests" / "programs" / "crashing_layout.py")
 CRASHING = str(ROOT / "tests" / "programs" / "crashing_server.py")
 PATIENCE_S = 15.0
+BEGIN_S = 60.0
 POLL_S = 0.03
 MESSAGE, TOOL = Decimal("3"), Decimal("0.15")
 ENDS = ("Turn.Completed", "Turn.Failed", "Turn.TimedOut", "Turn.Cancelled")
@@ -263,6 +264,11 @@ class Layout(World):
 
         until(armed, f"{point} to be armed in {slot}")
 
+    def begin(self) -> None:
+        """Wait until processors take part in their groups, which takes longer than the API's first answer."""
+        turn_id = turn_of(Asked("[[say begun]]").insist(self.person, BEGIN_S))
+        until(lambda: self.settlements(turn_id), "the first settlement", BEGIN_S)
+
     def deaths_of(self, slot: str) -> int:
         """How often the supervisor has seen the role end."""
         return self.server.log.read_text().count(f"{slot:18} ended ")
@@ -273,6 +279,7 @@ def layout(database_url: str, folder: Path, broker: str, **settings: str) -> Ite
     with page() as the_page, model() as the_model:
         built = Layout(database_url, folder, the_page, the_model, settings, broker=broker)
         try:
+            built.begin()
             yield built
         finally:
             built.stop()
