@@ -17,7 +17,7 @@ from domain.event_log import LogUnavailable
 from domain.money import credits
 from domain.ports import Busy, SubjectErased
 from projections.read_side import ReadSideUnavailable
-from schemas.codec import encode_json
+from schemas.codec import UnknownEvent, encode_json
 
 Headers = Mapping[str, str]
 
@@ -131,12 +131,21 @@ def problem_of(failure: Exception, by_owner: bool, base_url: str) -> Problem | N
             return _of_refusal(failure, by_owner, base_url)
         case SubjectErased():
             return not_found("user")
-        case LogUnavailable() | ReadSideUnavailable():
-            return Problem("dependency_unavailable", "The database cannot be reached now; nothing was lost.")
+        case LogUnavailable() | ReadSideUnavailable() | UnknownEvent():
+            return _unavailable(failure)
         case Overloaded() | Busy():
             return Problem("overloaded", "Too much is going on at once; try again in a moment.")
         case _:
             return None
+
+
+def _unavailable(failure: Exception) -> Problem:
+    sentence = "The database cannot be reached now; nothing was lost."
+    if isinstance(failure, UnknownEvent):
+        sentence = (
+            "A newer version of this server has gone on with it; this one cannot until it is upgraded, too."
+        )
+    return Problem("dependency_unavailable", sentence)
 
 
 def _of_refusal(refusal: Refusal, by_owner: bool, base_url: str) -> Problem:

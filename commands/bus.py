@@ -51,7 +51,7 @@ from domain.ports import Clock
 from domain.turn import Turn
 from schemas import snapshots
 from schemas.codec import decode_json, encode_json
-from schemas.records import AnyRecord, Records, record_of
+from schemas.records import UNREADABLE, AnyRecord, Records, record_of
 
 log_of = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ AggregateT = TypeVar("AggregateT", bound=Root)
 Place = tuple[int, int]  # of a stream: its shard and the number of its id
 Known = tuple[UUID | None, Root | None]  # whose an aggregate is, and the aggregate
 NOTHING: Known = None, None  # what does not exist
+LookUp = tuple[int, UUID, asyncio.Future[dict[UUID, Known]]]  # a stream that somebody waits for
 
 
 class Overloaded(Exception):
@@ -155,7 +156,7 @@ class Bus:
         self._serving: asyncio.Task[None] | None = None
         self._saving: set[asyncio.Task[None]] = set()
         self._reading = asyncio.Lock()
-        self._lookups: list[tuple[int, UUID, asyncio.Future[dict[UUID, Known]]]] = []
+        self._lookups: list[LookUp] = []
         self._looking: asyncio.Task[None] | None = None
         self._heads: dict[int, int] = {}
         self._stale: set[int] = set()  # shards that others have appended to since their heads were read
@@ -441,17 +442,24 @@ class Bus:
     async def _look_up_all(self) -> None:
         while self._lookups:
             lookups, self._lookups = self._lookups[:GROUP_MAX], self._lookups[GROUP_MAX:]
-            try:
-                loaded = await self._load({(shard, id) for shard, id, _ in lookups}, self._log.sync)
-            except Exception as failure:
-                for _, _, future in lookups:
-                    if not future.done():
-                        future.set_exception(failure)
-                        future.exception()
-            else:
-                for _, _, future in lookups:
-                    if not future.done():
-                        future.set_result(loaded)
+            await self._look_up(lookups)
+
+    async def _look_up(self, lookups: Sequence[LookUp]) -> None:
+        try:
+            loaded = await self._load({(shard, id) for shard, id, _ in lookups}, self._log.sync)
+        except Exception as failure:
+            if isinstance(failure, UNREADABLE) and len(lookups) > 1:
+                for each in lookups:  # what one cannot be told, the others can
+                    await self._look_up([each])
+                return
+            for _, _, future in lookups:
+                if not future.done():
+                    future.set_exception(failure)
+                    future.exception()
+        else:
+            for _, _, future in lookups:
+                if not future.done():
+                    future.set_result(loaded)
 
     async def _load(
         self, wanted: set[tuple[int, UUID]], sync: Callable[[dict[int, int], Streams], Any]
@@ -492,13 +500,29 @@ class Bus:
         return found
 
     async def _opened(self, newer: Sequence[StoredEvent], *, begun: bool = False) -> list[AnyRecord]:
-        """The records among them of cached aggregates, and with `begun` of those that begin here."""
+        """The records among them of cached aggregates, and with `begun` of those that begin here.
+
+        Aggregates of which one cannot be read are put out of the cache: only whoever asks for them is told.
+        """
         known = {
             (row.shard, row.stream_id.int)
             for row in newer
             if (begun and row.stream_version == 1) or (row.shard, row.stream_id.int) in self._cache
         }
-        return await self._records.open([row for row in newer if (row.shard, row.stream_id.int) in known])
+        rows = [row for row in newer if (row.shard, row.stream_id.int) in known]
+        try:
+            return await self._records.open(rows)
+        except UNREADABLE as failure:
+            log_of.warning("an event that others appended cannot be read: %r", failure)
+        opened, closed = list[AnyRecord](), set[Place]()
+        for row in rows:
+            try:
+                opened += await self._records.open([row])
+            except UNREADABLE:
+                closed.add((row.shard, row.stream_id.int))
+        for place in closed:
+            self._cache.pop(place, None)
+        return [record for record in opened if (record.shard, record.stream_id.int) not in closed]
 
     def _follow(self, newer: Sequence[AnyRecord]) -> None:
         """Bring cached aggregates up to date with what other processes wrote, and take in those that begin."""

@@ -62,6 +62,10 @@ class Record(Generic[E]):
 AnyRecord = Record[Any]
 
 
+# A ValueError: the JSON is not that of such an event, or `Damaged`.
+UNREADABLE = (codec.UnknownEvent, ObjectMissing, ValueError)
+
+
 @dataclass(frozen=True, slots=True)
 class Unreadable:
     """A row that this program cannot open; it must not be skipped."""
@@ -145,8 +149,7 @@ class Records:
                 else:
                     # The short way: a rebuild opens millions.
                     found.append(record_of(_decoded(row, row.payload, None), row))
-            # A ValueError: the JSON is not that of such an event, or `Damaged`.
-            except (codec.UnknownEvent, ObjectMissing, ValueError) as unknown:
+            except UNREADABLE as unknown:
                 found.append(Unreadable(row.type, row.shard, row.position, row.stream_id, unknown))
         return found
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 
+from domain.event_log import Batch, EventLog, HeadMoved
+from domain.ids import UserId, shard_of
 from tests.api.client import Client, Person
 
 CHAT = "/api/v1/chat"
@@ -172,6 +175,41 @@ async def test_while_the_log_cannot_be_reached_writers_are_told_to_come_back(ada
     assert (answer.status, answer.json["code"]) == (503, "dependency_unavailable")
     assert answer.headers["Retry-After"] == "1"
     assert (await ada.ask(CHAT, {"message": "Hi"})).status == 200
+
+
+async def test_what_a_newer_server_has_gone_on_with_waits_and_nothing_else_does(ada: Person) -> None:
+    begun = (await ada.ask(CHAT, {"message": "Hi"})).json["conversation_id"]
+    ada.platform.run(
+        _append_from_the_future(ada.platform.log, ada.user_id, UUID(begun.removeprefix("conv-")))
+    )
+    answer = await ada.ask(CHAT, {"message": "Hi", "conversation_id": begun})
+    assert (answer.status, answer.json["code"]) == (503, "dependency_unavailable")
+    assert "newer version" in answer.json["detail"]
+    assert (await ada.ask(CHAT, {"message": "Hi"})).status == 200
+
+
+async def _append_from_the_future(log: EventLog, tenant_id: UUID, stream_id: UUID) -> None:
+    shard = shard_of(UserId(tenant_id))
+    while True:
+        rows = await log.read_after({shard: 0}, 100_000)
+        version = max(row.stream_version for row in rows if row.stream_id == stream_id) + 1
+        row = rows[-1]._replace(
+            tenant_id=tenant_id,
+            position=rows[-1].position + 1,
+            stream_id=stream_id,
+            stream_version=version,
+            type="Conversation.Dreamt",
+            payload=b"{}",
+            personal=None,
+            subject_id=None,
+            command_id=uuid4(),
+            recorded_at=None,
+        )
+        try:
+            await log.append(Batch({shard: rows[-1].position}, [row]))
+        except HeadMoved:
+            continue  # the turn's charge came in between
+        return
 
 
 async def test_a_trace_goes_through_and_a_request_id_comes_back(ada: Person) -> None:

@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from commands.agent import ChangeAgent, CreateAgent
-from commands.bus import GROUP_MAX, Bus, Overloaded
+from commands.bus import GROUP_MAX, LATEST, Bus, Overloaded
 from commands.command import Command, IdempotencyKeyReused, Outcome, RefusedBefore, Result, WriteSide, handles
 from commands.credit_account import ChangePlan, GrantCredits, SettleHold
 from commands.turn import CancelTurn, SendMessage
@@ -32,11 +32,12 @@ from domain.errors import (
     Refusal,
 )
 from domain.event_log import Batch, EventLog, StoredEvent
-from domain.ids import CommandId, TurnId, UserId, account_of, agent_of, hold_of, shard_of
+from domain.ids import CommandId, ConversationId, TurnId, UserId, account_of, agent_of, hold_of, shard_of
 from domain.money import ncr
 from domain.plans import UNLIMITED
 from domain.turn import Turn
 from domain.user import User
+from schemas.codec import UnknownEvent
 from schemas.records import AnyRecord, Records
 from tests.commands.write_side import (
     AGENT_NCR,
@@ -777,6 +778,56 @@ async def test_whatever_is_lost_doubled_or_late_of_what_one_is_told_changes_noth
 
 
 # --- callers
+
+
+# --- what a newer version of the program wrote
+
+
+async def from_the_future(log: EventLog, owner: Owner, stream_id: UUID, version: int) -> StoredEvent:
+    """What another process, newer than this one, appended to a stream."""
+    shard = shard_of(owner.tenant_id)
+    head = (await log.heads())[shard]
+    last = (await log_of(log, owner.tenant_id))[-1]
+    row = last._replace(
+        position=head + 1,
+        stream_id=stream_id,
+        stream_version=version,
+        type="Conversation.Dreamt",
+        payload=b"{}",
+        personal=None,
+        subject_id=None,
+        command_id=uuid4(),
+        recorded_at=None,
+    )
+    await log.append(Batch({shard: head}, [row]))
+    return row
+
+
+@pytest.mark.parametrize("told", ["at once", "later", "never"])
+async def test_an_event_from_the_future_stops_its_own_stream_only(
+    bus: Bus, log: EventLog, owner: Owner, told: str
+) -> None:
+    named: dict[str, Any] = {"beginning": "named", "name": "thread"}
+    ours, theirs = ConversationId(uuid4()), ConversationId(uuid4())
+    for conversation_id in (ours, theirs):
+        await bus.execute(owner.message(conversation_id=conversation_id, **named), by=BY)
+    version = (await bus.read(Conversation, theirs, owner.tenant_id)).version
+    row = await from_the_future(log, owner, theirs, version + 1)
+    if told == "at once":
+        assert not await bus.take_in({row.shard: row.position}, [row])
+    elif told == "later":
+        bus.hint({row.shard: row.position})
+
+    reads = [bus.read(Conversation, id, owner.tenant_id, LATEST) for id in (ours, theirs)]
+    found, unreadable = await together(*reads)
+    assert (found.id, type(unreadable)) == (ours, UnknownEvent)
+    on_ours, on_theirs, on_another = await together(
+        bus.execute(owner.message(conversation_id=ours, **named), by=BY),
+        bus.execute(owner.message(conversation_id=theirs, **named), by=BY),
+        bus.execute(owner.message(), by=BY),
+    )
+    assert (type(on_ours), type(on_theirs), type(on_another)) == (Outcome, UnknownEvent, Outcome)
+    assert (await account(bus, owner)).held_ncr == 4 * TURN_NCR
 
 
 async def test_a_caller_that_goes_away_does_not_take_the_command_along(bus: Bus, owner: Owner) -> None:
