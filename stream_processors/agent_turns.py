@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from hashlib import sha256
+from uuid import UUID
 
 from commands.bus import LATEST
 from commands.turn import (
@@ -216,11 +218,12 @@ async def _ask_model(turn: Turn, action: AskModel, work: Work) -> None:
     await work.model_slots.acquire()
     claimed = False
     try:
-        asking = await _asking_of(turn, action, work)
-        plan = asking.plan(work, work.worker)
-        start = StartModelCall(tenant_id=turn.owner_id, turn_id=turn.turn_id, action=action, plan=plan)
-        command_id = derived(turn.id, "ask", action.iteration, action.attempt, work.worker)
-        outcome = await work.persist(start, command_id, turn.id, turn.limits.deadline_at)
+        with _beginning(call_of(turn.id, action.iteration), action.attempt, work):
+            asking = await _asking_of(turn, action, work)
+            plan = asking.plan(work, work.worker)
+            start = StartModelCall(tenant_id=turn.owner_id, turn_id=turn.turn_id, action=action, plan=plan)
+            command_id = derived(turn.id, "ask", action.iteration, action.attempt, work.worker)
+            outcome = await work.persist(start, command_id, turn.id, turn.limits.deadline_at)
         claimed = not outcome.seen
         crash_point("turn.claimed")
     finally:
@@ -235,28 +238,29 @@ def _waits_for_us(call: OpenCall, work: Work) -> bool:
     return call.worker == work.worker and (call.call_id, call.attempt) not in work.begun
 
 
-async def _ask_claimed(turn: Turn, call: OpenCall, work: Work) -> None:
-    """Make the model call that was claimed for this worker when the message was accepted."""
-    work.begun.put((call.call_id, call.attempt), True)
+@contextmanager
+def _beginning(call_id: UUID, attempt: int, work: Work) -> Iterator[None]:
+    """Have a call count as begun here, before anybody can see that it is claimed; not if the block fails."""
+    work.begun.put((call_id, attempt), True)
     try:
-        await _ask_planned(turn, call, work)
+        yield
     except BaseException:
-        work.begun.take((call.call_id, call.attempt))
+        work.begun.take((call_id, attempt))
         raise
 
 
-async def _ask_planned(turn: Turn, call: OpenCall, work: Work) -> None:
-    action = AskModel(call.iteration, call.attempt, turn.asked_with_tools, None)
-    planned: tuple[FirstCall, _Asking] | None = work.planned.take(turn.id)
-    if planned is not None and fits(planned[0], turn, action):
-        asking = planned[1]
-    else:
-        asking = await _asking_of(
-            turn, action, work
-        )  # planned for another try of the same message, or forgotten
-    await work.model_slots.acquire()
-    crash_point("turn.claimed")
-    _begin(turn, action, asking, call.deadline_at, work)
+async def _ask_claimed(turn: Turn, call: OpenCall, work: Work) -> None:
+    """Make the model call that was claimed for this worker when the message was accepted."""
+    with _beginning(call.call_id, call.attempt, work):
+        action = AskModel(call.iteration, call.attempt, turn.asked_with_tools, None)
+        planned: tuple[FirstCall, _Asking] | None = work.planned.take(turn.id)
+        if planned is not None and fits(planned[0], turn, action):
+            asking = planned[1]
+        else:  # planned elsewhere or for another try of the same message, or forgotten
+            asking = await _asking_of(turn, action, work)
+        await work.model_slots.acquire()
+        crash_point("turn.claimed")
+        _begin(turn, action, asking, call.deadline_at, work)
 
 
 async def _asking_of(turn: Turn, action: AskModel, work: Work) -> _Asking:
@@ -297,7 +301,6 @@ def _begin(turn: Turn, action: AskModel, asking: _Asking, deadline_at: datetime,
         timeout_s=max(0.001, (deadline_at - work.clock()).total_seconds()),
         idempotency_key=str(call_of(turn.id, action.iteration)),
     )
-    work.begun.put((call_of(turn.id, action.iteration), action.attempt), True)
     work.spawn(turn.id, turn.id, _converse(turn, action, request, asking.tools, work))
 
 

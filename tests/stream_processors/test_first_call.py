@@ -15,7 +15,8 @@ from domain.ids import ConversationId, TurnId
 from domain.prompt import digest_of
 from domain.turn import Turn
 from schemas.hints import News
-from stream_processors.agent_turns import with_first_call
+from schemas.records import AnyRecord
+from stream_processors.agent_turns import step, with_first_call
 from stream_processors.eager import Eager
 from stream_processors.processor import Work
 from tests.commands.write_side import BY, log_of
@@ -163,7 +164,6 @@ async def test_a_call_claimed_for_another_worker_is_made_by_that_one_once(staged
     stage = await staged().begin()
     here, there = stage.workers[0], stage.worker()
     news = News()
-    here.bus.on_append = news.add
     planned = await with_first_call(stage.owner.message(), here.work, there.work.worker)
     here.bus.on_append = news.add
     await here.bus.execute(planned, by=BY)
@@ -185,12 +185,28 @@ async def test_a_call_claimed_for_another_worker_is_made_by_that_one_once(staged
 async def test_a_worker_that_missed_the_hint_begins_when_the_record_comes(staged: Staged) -> None:
     stage = await staged().begin()
     here, there = stage.workers[0], stage.worker().start()
-    await here.bus.execute(await with_first_call(stage.owner.message(), here.work, there.work.worker), by=BY)
-    (turn_id,) = {
-        row.stream_id for row in await log_of(stage.log, stage.owner.tenant_id) if row.type == "Turn.Accepted"
-    }
-    stage.sent.append(TurnId(turn_id))
-    assert (await stage.end_of(TurnId(turn_id))).story == ANSWERED
+    planned = await with_first_call(stage.owner.message(), here.work, there.work.worker)
+    await here.bus.execute(planned, by=BY)
+    stage.sent.append(planned.turn_id)
+    assert (await stage.end_of(planned.turn_id)).story == ANSWERED
+    assert len(stage.models.requests) == 1
+
+
+async def test_a_worker_that_hears_of_its_own_claim_before_it_goes_on_asks_once(staged: Staged) -> None:
+    stage = await staged().begin()
+    work, heard = work_of(stage), list[asyncio.Task[None]]()
+    commit = work.bus.on_commit
+
+    def committed(records: Sequence[AnyRecord]) -> None:
+        commit(records)
+        for record in records:
+            if isinstance(record.event, Turn.ModelCallStarted):
+                heard.append(asyncio.create_task(step(TurnId(record.stream_id), stage.owner.tenant_id, work)))
+
+    work.bus.on_commit = committed
+    told = await execute(stage, stage.owner.message())
+    await asyncio.gather(*heard)
+    assert (told.story, len(heard)) == (ANSWERED, 1)
     assert len(stage.models.requests) == 1
 
 
