@@ -171,14 +171,15 @@ class FaustHost:
     @property
     def shards(self) -> tuple[int, ...]:
         """Those whose records come to this worker, as far as it knows."""
-        if self._draining or self._waits_for:
-            return ()
-        ours = self.runner.pool.partitions
-        return tuple(shard for shard in range(SHARDS) if self._partition_of(shard) in ours)
+        return tuple(shard for shard in range(SHARDS) if self._is_ours(shard))
 
     def serves(self, shard: int, stream_id: UUID) -> bool:
         """Whether the records of a stream come to this worker and are handled when they come, as far as it knows."""
-        return shard in self.shards and not self.runner.may_wait(stream_id)
+        return self._is_ours(shard) and not self.runner.may_wait(stream_id)
+
+    def _is_ours(self, shard: int) -> bool:
+        takes_part = not self._draining and not self._waits_for
+        return takes_part and self._partition_of(shard) in self.runner.pool.partitions
 
     def ready(self) -> bool:
         """Whether it takes part in its group; without a partition too, when there are fewer than workers."""
