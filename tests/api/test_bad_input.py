@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
 
-from domain.event_log import Batch, EventLog, HeadMoved
-from domain.ids import UserId, shard_of
+from commands.bus import LATEST
+from domain.conversation import Conversation
+from domain.event_log import HeadMoved
+from domain.ids import UserId
 from tests.api.client import Client, Person
+from tests.api.platform import Platform
+from tests.peers.log_rows import happened
 
 CHAT = "/api/v1/chat"
 MEMBERS = {"error", "detail", "code", "type", "title", "status", "instance", "request_id"}
@@ -179,34 +183,20 @@ async def test_while_the_log_cannot_be_reached_writers_are_told_to_come_back(ada
 
 async def test_what_a_newer_server_has_gone_on_with_waits_and_nothing_else_does(ada: Person) -> None:
     begun = (await ada.ask(CHAT, {"message": "Hi"})).json["conversation_id"]
-    ada.platform.run(
-        _append_from_the_future(ada.platform.log, ada.user_id, UUID(begun.removeprefix("conv-")))
-    )
+    conversation_id = UUID(begun.removeprefix("conv-"))
+    ada.platform.run(_goes_on_elsewhere(ada.platform, ada.user_id, conversation_id))
     answer = await ada.ask(CHAT, {"message": "Hi", "conversation_id": begun})
     assert (answer.status, answer.json["code"]) == (503, "dependency_unavailable")
     assert "newer version" in answer.json["detail"]
     assert (await ada.ask(CHAT, {"message": "Hi"})).status == 200
 
 
-async def _append_from_the_future(log: EventLog, tenant_id: UUID, stream_id: UUID) -> None:
-    shard = shard_of(UserId(tenant_id))
+async def _goes_on_elsewhere(platform: Platform, user_id: UserId, conversation_id: UUID) -> None:
+    """A newer server appends an event of a type that this one does not know."""
     while True:
-        rows = await log.read_after({shard: 0}, 100_000)
-        version = max(row.stream_version for row in rows if row.stream_id == stream_id) + 1
-        row = rows[-1]._replace(
-            tenant_id=tenant_id,
-            position=rows[-1].position + 1,
-            stream_id=stream_id,
-            stream_version=version,
-            type="Conversation.Dreamt",
-            payload=b"{}",
-            personal=None,
-            subject_id=None,
-            command_id=uuid4(),
-            recorded_at=None,
-        )
+        conversation = await platform.server.bus.read(Conversation, conversation_id, user_id, LATEST)
         try:
-            await log.append(Batch({shard: rows[-1].position}, [row]))
+            await happened(platform.log, user_id, conversation_id, conversation.version + 1)
         except HeadMoved:
             continue  # the turn's charge came in between
         return

@@ -52,7 +52,7 @@ from tests.commands.write_side import (
     rules,
     signed_up,
 )
-from tests.peers.log_rows import tenant_on
+from tests.peers.log_rows import happened, tenant_on
 
 PATIENCE_S = 20.0
 MEGABYTE = 1_000_000
@@ -777,30 +777,7 @@ async def test_whatever_is_lost_doubled_or_late_of_what_one_is_told_changes_noth
         assert (await account(each, owner)).held_ncr == expected
 
 
-# --- callers
-
-
 # --- what a newer version of the program wrote
-
-
-async def from_the_future(log: EventLog, owner: Owner, stream_id: UUID, version: int) -> StoredEvent:
-    """What another process, newer than this one, appended to a stream."""
-    shard = shard_of(owner.tenant_id)
-    head = (await log.heads())[shard]
-    last = (await log_of(log, owner.tenant_id))[-1]
-    row = last._replace(
-        position=head + 1,
-        stream_id=stream_id,
-        stream_version=version,
-        type="Conversation.Dreamt",
-        payload=b"{}",
-        personal=None,
-        subject_id=None,
-        command_id=uuid4(),
-        recorded_at=None,
-    )
-    await log.append(Batch({shard: head}, [row]))
-    return row
 
 
 @pytest.mark.parametrize("told", ["at once", "later", "never"])
@@ -812,7 +789,7 @@ async def test_an_event_from_the_future_stops_its_own_stream_only(
     for conversation_id in (ours, theirs):
         await bus.execute(owner.message(conversation_id=conversation_id, **named), by=BY)
     version = (await bus.read(Conversation, theirs, owner.tenant_id)).version
-    row = await from_the_future(log, owner, theirs, version + 1)
+    (row,) = await happened(log, owner.tenant_id, theirs, version + 1)
     if told == "at once":
         assert not await bus.take_in({row.shard: row.position}, [row])
     elif told == "later":
@@ -828,6 +805,9 @@ async def test_an_event_from_the_future_stops_its_own_stream_only(
     )
     assert (type(on_ours), type(on_theirs), type(on_another)) == (Outcome, UnknownEvent, Outcome)
     assert (await account(bus, owner)).held_ncr == 4 * TURN_NCR
+
+
+# --- callers
 
 
 async def test_a_caller_that_goes_away_does_not_take_the_command_along(bus: Bus, owner: Owner) -> None:
