@@ -1,9 +1,10 @@
 """Processors under Faust, with its weak spots closed. Nothing else here knows Faust, and no processor does.
 
-One app is one processor, one consumer group, one process. Faust reads the work topic and commits; order, retries and
-parking are the runner's. What Faust 0.15 does by itself and we do not let it: acknowledge what failed (`noack`), go on
-without an agent that crashed, wait for streams without end when partitions move, live on as a member of no group, poll
-with pauses that are felt, and run the event loop.
+One app is one processor, one consumer group, one process. Faust reads the work topic, hands on together what it has
+fetched together, and commits what it is told is finished; order, retries and parking are the runner's. What Faust 0.15
+does by itself and we do not let it: acknowledge what it has handed on (`noack`), go on without an agent that crashed,
+wait for streams without end when partitions move, live on as a member of no group, poll with pauses that are felt, and
+run the event loop.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ DRAIN_S: Final = 5.0  # and when the process does
 COMMIT_MAX_S: Final = 2.0
 STOP_S: Final = 3.0
 DEAD_LETTER_S, DEAD_LETTER_ATTEMPTS = 5.0, 3
+MESSAGES_MAX: Final = (
+    64  # of Faust's that wait for us; each has all records of a partition that came together
+)
 _STREAM_ID_BYTES: Final = 16
 _NOBODY: Final = UUID(int=0)
 
@@ -234,6 +238,7 @@ class FaustHost:
             consumer_auto_offset_reset="earliest",
             agent_supervisor=mode.CrashingSupervisor,
             stream_wait_empty=False,
+            stream_buffer_maxsize=MESSAGES_MAX,
             key_serializer="raw",
             value_serializer="raw",
             store="memory://",
@@ -244,7 +249,7 @@ class FaustHost:
             autodiscover=False,
         )
         app.transport.Consumer = self._kafka.consumer
-        topic = partial(app.topic, schema=_Bytes(key_type=bytes, value_type=bytes))
+        topic = partial(app.topic, schema=_AsTheyAre(key_type=bytes, value_type=bytes), acks=False)
         self._dead_letters = topic(self.names.dead_letters)
         app.agent(topic(self.names.topic), name=self.runner.processor.name)(self._consume)
         app.on_partitions_revoked.connect(self._on_revoked)
@@ -252,11 +257,12 @@ class FaustHost:
         return app
 
     async def _consume(self, stream: Any) -> None:
-        async for event in stream.noack().events():
-            self._take(event)
-            while self.runner.pool.pending >= PENDING_MAX:
-                self._room.clear()
-                await self._room.wait()
+        async for records in stream.noack():
+            for record in records:
+                self._take(record)
+                while self.runner.pool.pending >= PENDING_MAX:
+                    self._room.clear()
+                    await self._room.wait()
 
     async def _on_revoked(self, app: Any, revoked: Iterable[Any], **_: Any) -> None:
         leaving = set(revoked)
@@ -274,27 +280,27 @@ class FaustHost:
 
     # --- records
 
-    def _take(self, event: Any) -> None:
-        message = event.message
+    def _take(self, record: Any) -> None:
         try:
-            row = wire.unpack(message.value or b"")
-            delivery = Delivery.of_row(row, origin=event)
+            row = wire.unpack(record.value or b"")
+            delivery = Delivery.of_row(row, origin=record)
             self.on_grown({row.shard: row.position})
         except (wire.UnknownFormat, wire.Malformed) as unknown:
-            key = message.key or b""
+            key = record.key or b""
             is_ours = len(key) == _STREAM_ID_BYTES
             delivery = Delivery(
                 UUID(bytes=key) if is_ours else _NOBODY,
-                tuple(each for each in range(SHARDS) if self._partition_of(each) == message.partition)
+                tuple(each for each in range(SHARDS) if self._partition_of(each) == record.partition)
                 if is_ours
                 else (),
                 unknown=unknown,
-                origin=event,
+                origin=record,
             )
-        self.runner.submit(message.partition, message.offset, delivery)
+        self.runner.submit(record.partition, record.offset, delivery)
 
     def _acknowledge(self, delivery: Delivery) -> None:
-        delivery.origin.ack()
+        record = delivery.origin
+        self._consumer.finished(self._tps[record.partition], record.offset + 1)
         self._room.set()
         crash_point("host.acked")
 
@@ -314,12 +320,12 @@ class FaustHost:
 
     async def _leave_dead_letter(self, delivery: Delivery, stuck: Stuck) -> None:
         """A copy for people. The stream waits in the log in any case, so that this may fail."""
-        message = delivery.origin.message
+        record = delivery.origin
         headers = {
             "error": stuck.error,
-            "topic": message.topic,
-            "partition": message.partition,
-            "offset": message.offset,
+            "topic": record.topic,
+            "partition": record.partition,
+            "offset": record.offset,
             "shard": stuck.shard,
             "position": stuck.position,
             "processor": self.runner.processor.name,
@@ -329,7 +335,7 @@ class FaustHost:
             try:
                 async with asyncio.timeout(DEAD_LETTER_S):
                     sent = await self._dead_letters.send(
-                        key=message.key, value=message.value, headers=encoded, force=True
+                        key=record.key, value=record.value, headers=encoded, force=True
                     )
                     # Faust only logs when this fails.
                     await sent
@@ -337,11 +343,11 @@ class FaustHost:
                 log_of.warning("attempt %d to leave a dead letter failed: %r", attempt, failure)
             else:
                 return
-        log_of.error("no dead letter was left for offset %d of %s", message.offset, message.tp)
+        log_of.error("no dead letter was left for offset %d of %s", record.offset, record.topic)
 
 
-class _Bytes(faust.Schema[bytes, bytes]):
-    """Keys and values as they came, which is what the codecs of a schema would make of them, step by step."""
+class _AsTheyAre(faust.Schema[bytes, bytes]):
+    """Keys and values as they come: whoever takes them knows what they are."""
 
     def compile(self, app: Any, **_: Any) -> Any:
         create_event = app.create_event

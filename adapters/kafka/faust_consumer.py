@@ -2,7 +2,9 @@
 
 Beside stream_processors/faust_app.py the only file that knows Faust: what is wrong with a consumer is known to aiokafka.
 Faust 0.15 runs it in a thread of its own, never says that its group has thrown it out, drops what a topic that was
-made anew delivers, and waits for its thread without end.
+made anew delivers, and waits for its thread without end. It also hands on and acknowledges record by record, which
+costs more than most of what is done with them: here those of a partition that were fetched together are one message,
+whose value is the list of them, and whoever handles them says how far each partition is finished.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer
@@ -38,7 +41,7 @@ log_of = logging.getLogger(__name__)
 METADATA_MS: Final = 5_000  # how late it is noticed that the topic was made anew
 POLL_RECORDS_MAX: Final = 500
 REBALANCE_MS: Final = 20_000  # what members get to let go of their partitions
-_HANDING_ON: Final = 2  # what Faust waits for with each record: that it is taken, or that the flow ends
+_HANDING_ON: Final = 2  # what Faust waits for with each message: that it is taken, or that the flow ends
 SEEK_S: Final = 10.0
 LOOK_S: Final = 1.0
 TWINS_S: Final = 60.0
@@ -89,6 +92,7 @@ class WorkerConsumer(Consumer):
         self.kafka, self.gather_ms = kafka, gather_ms
         self.polled_s = self._well_s = time.monotonic()
         self._member, self._joined_s = "", deque[float](maxlen=TWINS_MAX + 2)
+        self._finished: dict[Any, int] = {}  # of each partition, the offset that follows on what is finished
         super().__init__(transport, **options)
 
     def trouble(self) -> str | None:
@@ -131,12 +135,58 @@ class WorkerConsumer(Consumer):
             return 0  # not ours any more
         return max(0, end - next_offset) if end is not None and next_offset is not None else 0
 
-    def forget(self, partitions: Any) -> None:
-        """Drop acknowledgements that came in while partitions were being revoked, and were committed or never will be."""
+    # --- what is finished
+
+    def finished(self, partition: Any, next_offset: int) -> None:
+        """Everything of a partition before this offset may be committed."""
+        self._finished[partition] = next_offset
+
+    def forget(self, partitions: Iterable[Any]) -> None:
+        """Partitions were revoked: what was finished of them is committed by now, or never will be."""
         for partition in partitions:
-            self._acked.pop(partition, None)
-            self._acked_index.pop(partition, None)
-            self._gap.pop(partition, None)
+            self._finished.pop(partition, None)
+
+    def _filter_tps_with_pending_acks(self, topics: Any = None) -> Any:
+        return list(self._finished)
+
+    def _new_offset(self, tp: Any) -> int | None:
+        return self._finished.get(tp)
+
+    # --- what is fetched
+
+    async def getmany(self, timeout: float) -> AsyncIterator[tuple[Any, Any]]:
+        """As in Faust, but with one message for all records of a partition; those of tables come one by one."""
+        fetched, active = await self._wait_next_records(timeout)
+        if fetched is None or self.should_stop:
+            return
+        if not self.flow_active:
+            await self._seek_again()
+            return
+        generation = self.app.consumer_generation_id
+        for tp, records in fetched.items():
+            if not self.flow_active or self.app.consumer_generation_id != generation:
+                return
+            if active is None or tp in active or tp in self._buffered_partitions:
+                self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
+                if tp.topic in self.app.tables.changelog_topics:
+                    for record in records:
+                        yield tp, self._to_message(tp, record)
+                else:
+                    yield tp, self._to_message_of_all(tp, records)
+
+    async def _seek_again(self) -> None:
+        try:
+            await self.perform_seek()
+        except Exception as failure:
+            log_of.warning("what is committed cannot be looked up: %r", failure)
+
+    def _to_message_of_all(self, tp: Any, records: Sequence[Any]) -> Any:
+        committed, first = self._committed_offset.get(tp), records[0].offset
+        if committed is not None and first < committed:
+            raise TopicBegunAnew(f"record {first} of {tp} came after {committed} was committed")
+        message: Any = self._to_message(tp, records[-1])
+        message.key, message.value = None, records
+        return message
 
     def _new_consumer_thread(self) -> _Thread:
         return _Thread(self, loop=self.loop, thread_loop=self.loop, beacon=self.beacon, Worker=_InLoop)
@@ -155,9 +205,9 @@ class WorkerConsumer(Consumer):
                 self._committed_offset[tp] = self._read_offset[tp] = None
 
     async def wait_first(self, *waited: Any, timeout: Any = None) -> Any:
-        """As in Faust, which races the handing on of every single record, in four tasks, against the end of the flow.
+        """As in Faust, which races the handing on of every message, in four tasks, against the end of the flow.
 
-        A record that will be taken at once is handed on by itself.
+        A message that will be taken at once is handed on by itself.
         """
         if len(waited) == _HANDING_ON and self._is_taken_at_once():
             handing_on, suspension = waited
@@ -179,12 +229,6 @@ class WorkerConsumer(Consumer):
         found = await super()._wait_next_records(timeout)
         self.polled_s = time.monotonic()
         return found
-
-    def _to_message(self, tp: Any, record: Any) -> Any:
-        committed = self._committed_offset.get(tp)
-        if committed is not None and record.offset < committed:
-            raise TopicBegunAnew(f"record {record.offset} of {tp} came after {committed} was committed")
-        return super()._to_message(tp, record)
 
 
 class _Thread(AIOKafkaConsumerThread):
