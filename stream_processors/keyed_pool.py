@@ -64,10 +64,9 @@ class _Partition(Generic[T]):
     last: int = -1  # the highest position taken
     queue: deque[_Item[T]] = field(default_factory=deque)  # not acknowledged yet, by position
     chains: dict[Hashable, deque[_Item[T]]] = field(default_factory=dict)
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    handling: set[asyncio.Task[Any]] = field(
-        default_factory=set
-    )  # those of the tasks that are inside a handler
+    tasks: set[asyncio.Future[None]] = field(default_factory=set)
+    # Those of the tasks that are inside a handler, or what a handler left to follow.
+    handling: set[asyncio.Future[Any]] = field(default_factory=set)
     tokens: set[Hashable] = field(default_factory=set)
     full: bool = False
     gone: bool = False
@@ -77,7 +76,8 @@ class _Partition(Generic[T]):
 class KeyedPool(Generic[T]):
     """Hands items to `handle`, those of one key one at a time and in the order in which they were given.
 
-    `handle` may return something awaitable: its item is finished when that is, while the next of its key begins.
+    `handle` may return something awaitable of its own: its item is finished when that is, while the next of its key
+    begins. It is cancelled when its partition is revoked.
     After the last attempt `give_up` is told, and the item is finished when that has succeeded, which is tried for as
     long as it takes.
     """
@@ -228,16 +228,32 @@ class KeyedPool(Generic[T]):
             while chain and not partition.closing.is_set():
                 item = chain.popleft()
                 later = await self._run(partition, item)
-                if later is not None:
-                    task = self._start(partition, self._finish_later(partition, item, later))
-                    partition.handling.add(task)
-                    task.add_done_callback(partition.handling.discard)
-                    if asyncio.iscoroutine(later):
-                        # Cancelled before its first step, the task has not even begun it.
-                        task.add_done_callback(partial(_close, later))
+                if isinstance(later, asyncio.Future):
+                    # Nearly all end well, which takes no task.
+                    partition.tasks.add(later)
+                    partition.handling.add(later)
+                    later.add_done_callback(partial(self._followed, partition, item))
+                elif later is not None:
+                    self._follow(partition, item, later)
         finally:
             if partition.chains.get(key) is chain:
                 del partition.chains[key]
+
+    def _follow(self, partition: _Partition[T], item: _Item[T], later: Awaitable[None]) -> None:
+        task = self._start(partition, self._finish_later(partition, item, later))
+        partition.handling.add(task)
+        task.add_done_callback(partition.handling.discard)
+        if asyncio.iscoroutine(later):
+            # Cancelled before its first step, the task has not even begun it.
+            task.add_done_callback(partial(_close, later))
+
+    def _followed(self, partition: _Partition[T], item: _Item[T], later: asyncio.Future[None]) -> None:
+        partition.tasks.discard(later)
+        partition.handling.discard(later)
+        if not later.cancelled() and later.exception() is None:
+            self._finish(partition, item)
+        elif not (later.cancelled() and partition.closing.is_set()):
+            self._follow(partition, item, later)
 
     async def _run(self, partition: _Partition[T], item: _Item[T]) -> Awaitable[None] | None:
         """Try until it is finished, or finished but for what is returned, or the partition is revoked."""

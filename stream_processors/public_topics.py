@@ -17,18 +17,17 @@ from domain.ports import PublicMessage
 from domain.turn import Turn
 from schemas.codec import EVENT_TYPES
 from schemas.public_facts import (
-    CommandAccepted,
     Fact,
     UsageModelCalled,
     UsageToolCalled,
-    balance_of,
     charged_lines,
     state_of,
 )
 from schemas.public_forms import is_public
 from schemas.records import AnyRecord
+from stream_processors.aftermath import insist
 from stream_processors.processor import Processor, Work
-from stream_processors.publication import Publication, TurnFacts, insist
+from stream_processors.publication import Publication, TurnFacts
 
 public_topics = Processor("public_topics", order="tenant")
 
@@ -39,11 +38,10 @@ async def publish(record: AnyRecord, work: Work) -> Awaitable[None]:
     publication = work.publication
     assert publication is not None, "this worker was given nothing to publish with"
     messages: list[PublicMessage] = []
-    has_balance = _is_new_balance(record, publication)
     if is_public(EVENT_TYPES[record.type]):
         messages = await _messages(record, publication)
-    acknowledged = await publication.publisher.send(messages)
-    return _finish(record, work, publication, acknowledged, has_balance)
+    finished = publication.aftermath.of(record, await publication.publisher.send(messages))
+    return _with_agent(record, work, finished) if isinstance(record.event, Agent.Event) else finished
 
 
 async def _messages(record: AnyRecord, publication: Publication) -> list[PublicMessage]:
@@ -56,33 +54,8 @@ async def _messages(record: AnyRecord, publication: Publication) -> list[PublicM
     messages = [publication.events.of_event(record, key)]
     messages += [publication.events.of_fact(fact, record, n) for n, fact in enumerate(facts)]
     if isinstance(event, CreditAccount.Moved):
-        messages += _balance(record, publication)
+        messages += publication.balance(record)
     return messages
-
-
-async def _finish(
-    record: AnyRecord, work: Work, publication: Publication, acknowledged: Awaitable[None], has_balance: bool
-) -> None:
-    """The part that nothing has to wait for: acknowledgements, the command, and states that are read first."""
-    await acknowledged
-    command = await insist(lambda: publication.command_of(record))
-    if command is not None:
-        accepted = CommandAccepted(
-            command_id=record.command_id,
-            type=command.type,
-            tenant_id=record.tenant_id,
-            actor=command.actor,
-            outcome=command.outcome,
-            shard=record.shard,
-            position=record.position,
-            correlation_id=record.correlation_id,
-            causation_id=record.causation_id,
-        )
-        await (await publication.publisher.send([publication.events.of_fact(accepted, record)]))
-    if isinstance(record.event, Agent.Event):
-        await _publish_agent(record, work, publication)
-    elif has_balance:
-        await _publish_latest_balance(record, publication)
 
 
 # --- usage
@@ -135,31 +108,13 @@ def _tool_called(record: AnyRecord, event: Turn.ToolCalled, turn: TurnFacts) -> 
     )
 
 
-# --- states
+# --- agents
 
 
-def _is_new_balance(record: AnyRecord, publication: Publication) -> bool:
-    return isinstance(record.event, CreditAccount.Moved) and not publication.is_published(
-        record.stream_id, record.stream_version
-    )
-
-
-def _balance(record: AnyRecord, publication: Publication) -> list[PublicMessage]:
-    """The balance after a movement, unless a later one has been handed out here."""
-    if not _is_new_balance(record, publication):
-        return []
-    publication.note(record.stream_id, record.stream_version)
-    return [publication.events.of_balance(balance_of(record), record)]
-
-
-async def _publish_latest_balance(record: AnyRecord, publication: Publication) -> None:
-    """After a balance was published late: the account's latest one, until nothing newer is found."""
-    while publication.may_be_overtaken(record):
-        latest = await insist(lambda: publication.latest_movement(record))
-        messages = _balance(latest, publication) if latest is not None else []
-        if not messages:
-            return
-        await (await publication.publisher.send(messages))
+async def _with_agent(record: AnyRecord, work: Work, finished: Awaitable[None]) -> None:
+    await finished
+    assert work.publication is not None
+    await _publish_agent(record, work, work.publication)
 
 
 async def _publish_agent(record: AnyRecord, work: Work, publication: Publication) -> None:

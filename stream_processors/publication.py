@@ -6,31 +6,29 @@ published late may have been overtaken by another worker's, so it is looked at a
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar, cast
 from uuid import UUID
 
 from domain.credit_account import CreditAccount
-from domain.event_log import CommandRow, EventLog, LogUnavailable, StoredEvent
-from domain.ports import Clock, Publisher
+from domain.event_log import EventLog, StoredEvent
+from domain.ports import Clock, PublicMessage, Publisher
 from domain.turn import Turn
 from schemas.cloud_events import CloudEvents
+from schemas.public_facts import balance_of
 from schemas.records import AnyRecord, Record, Records, Unreadable
+from stream_processors.aftermath import Aftermath, insist
 
 TURNS_MAX = 20_000  # known at once
-COMMANDS_MAX = 20_000
 STATES_MAX = 50_000
 STREAM_EVENTS_MAX = 1_000  # of a turn; it has fewer than a hundred
-LOOKUPS_MAX = 200  # commands asked for at once
-GATHER_S = 0.05  # how long they wait for each other
 MOVEMENT_FIRST = 8  # events of an account among which its last movement nearly always is
 # Half of what it takes a group to give a silent worker's records to another one.
 LATE = timedelta(seconds=5)
-PAUSE_S = 0.5
 
 V = TypeVar("V")
 
@@ -55,8 +53,8 @@ class Publication:
         self.publisher, self.events = publisher, events
         self._log, self._records, self._clock = log, records, clock
         self._turns: OrderedDict[UUID, TurnFacts] = OrderedDict()
-        self._commands = _Commands(log)
         self._versions: OrderedDict[UUID, int] = OrderedDict()
+        self.aftermath = Aftermath(log, publisher, events, self._have_last_words)
 
     async def facts_of(self, record: Record[Turn.Event]) -> TurnFacts:
         """What is known of the record's turn, this record included."""
@@ -73,27 +71,6 @@ class Publication:
             _keep(self._turns, record.stream_id, facts, TURNS_MAX)
         return facts
 
-    async def command_of(self, record: AnyRecord) -> CommandRow | None:
-        """The command that a record follows from, if this is its last record."""
-        row = await self._commands.find(record.shard, record.command_id)
-        return row if row is not None and row.position == record.position else None
-
-    async def latest_movement(self, record: AnyRecord) -> Record[CreditAccount.Moved] | None:
-        """The last movement of an account after this record, if there is one."""
-        last, rows = (
-            MOVEMENT_FIRST,
-            await self._log.read_stream(record.shard, record.stream_id, MOVEMENT_FIRST),
-        )
-        while True:
-            newer = [row for row in rows if row.stream_version > record.stream_version]
-            found = [
-                each for each in await self._opened(newer) if isinstance(each.event, CreditAccount.Moved)
-            ]
-            if found or len(newer) < last:
-                return found[-1] if found else None
-            last *= 4
-            rows = await self._log.read_stream(record.shard, record.stream_id, last)
-
     # --- states, of which the latest must have the last word
 
     def is_published(self, state_id: UUID, version: int) -> bool:
@@ -108,7 +85,46 @@ class Publication:
         """Whether another worker may have handled the record, and later ones, in the meantime."""
         return self._clock() - record.recorded_at > LATE
 
+    def balance(self, record: Record[CreditAccount.Moved]) -> list[PublicMessage]:
+        """The balance after a movement, unless a later one has been handed out here."""
+        if self.is_published(record.stream_id, record.stream_version):
+            return []
+        self.note(record.stream_id, record.stream_version)
+        return [self.events.of_balance(balance_of(record), record)]
+
     # --- inside
+
+    async def _have_last_words(self, records: Sequence[AnyRecord]) -> None:
+        for record in records:
+            if isinstance(record.event, CreditAccount.Moved):
+                await self._have_last_word(record)
+
+    async def _have_last_word(self, record: Record[CreditAccount.Moved]) -> None:
+        """After a balance was published late: the account's latest one, until nothing newer is found."""
+        while self.may_be_overtaken(record):
+            if self.is_published(record.stream_id, record.stream_version + 1):
+                return  # the last word is that one's affair
+            latest = await insist(partial(self._latest_movement, record))
+            if latest is None:
+                return
+            await (await self.publisher.send(self.balance(latest)))
+            record = latest
+
+    async def _latest_movement(self, record: AnyRecord) -> Record[CreditAccount.Moved] | None:
+        """The last movement of an account after this record, if there is one."""
+        last, rows = (
+            MOVEMENT_FIRST,
+            await self._log.read_stream(record.shard, record.stream_id, MOVEMENT_FIRST),
+        )
+        while True:
+            newer = [row for row in rows if row.stream_version > record.stream_version]
+            found = [
+                each for each in await self._opened(newer) if isinstance(each.event, CreditAccount.Moved)
+            ]
+            if found or len(newer) < last:
+                return found[-1] if found else None
+            last *= 4
+            rows = await self._log.read_stream(record.shard, record.stream_id, last)
 
     async def _read(self, record: AnyRecord) -> TurnFacts:
         rows = await self._log.read_stream_after(record.shard, record.stream_id, 0, STREAM_EVENTS_MAX)
@@ -126,42 +142,6 @@ class Publication:
             if isinstance(each, Unreadable):
                 raise each.error
         return cast(list[AnyRecord], found)
-
-
-async def insist(ask: Callable[[], Awaitable[V]]) -> V:
-    """Ask the log for as long as it takes."""
-    while True:
-        try:
-            return await ask()
-        except LogUnavailable:
-            await asyncio.sleep(PAUSE_S)
-
-
-class _Commands:
-    """Commands by id; what is asked for at the same time is looked up together."""
-
-    def __init__(self, log: EventLog) -> None:
-        self._log = log
-        self._known: OrderedDict[UUID, CommandRow] = OrderedDict()
-        self._wanted: dict[UUID, int] = {}
-        self._lookup: asyncio.Future[None] | None = None
-
-    async def find(self, shard: int, command_id: UUID) -> CommandRow | None:
-        if command_id not in self._known:
-            self._wanted[command_id] = shard
-            if self._lookup is None:
-                self._lookup = asyncio.ensure_future(self._look_up())
-            await asyncio.shield(self._lookup)
-        return self._known.get(command_id)
-
-    async def _look_up(self) -> None:
-        # Nobody is in a hurry, and many together cost little more than one.
-        await asyncio.sleep(GATHER_S)
-        wanted, self._wanted, self._lookup = self._wanted, {}, None
-        asked = [(shard, command_id) for command_id, shard in wanted.items()]
-        for first in range(0, len(asked), LOOKUPS_MAX):
-            for command_id, row in (await self._log.commands(asked[first : first + LOOKUPS_MAX])).items():
-                _keep(self._known, command_id, row, COMMANDS_MAX)
 
 
 def _begun(accepted: Turn.Accepted) -> TurnFacts:

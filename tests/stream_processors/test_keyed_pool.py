@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -63,6 +63,15 @@ class Bench:
 
     async def idle(self) -> None:
         await self.until(lambda: self.pool.pending == 0)
+
+
+Follow = Callable[[Coroutine[Any, Any, None]], Awaitable[None]]
+
+
+@pytest.fixture(params=["a coroutine", "a future"])
+def follow(request: pytest.FixtureRequest) -> Follow:
+    """In which form a handler returns what is to follow."""
+    return asyncio.ensure_future if request.param == "a future" else lambda later: later
 
 
 async def nothing(payload: Any) -> None:
@@ -214,6 +223,19 @@ async def test_a_handler_cancelled_from_within_has_failed() -> None:
     assert len(bench.given_up) == 2
 
 
+async def test_what_was_to_follow_and_was_cancelled_by_others_has_failed() -> None:
+    async def publish(payload: Any) -> Awaitable[None]:
+        later: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        later.cancel()
+        return later
+
+    bench = Bench(publish)
+    bench.put("a", 1)
+    await bench.idle()
+    ((given_up, failure),) = bench.given_up
+    assert (given_up, type(failure)) == (1, RuntimeError)
+
+
 async def test_a_position_is_taken_once_and_never_backwards() -> None:
     bench = Bench(nothing)
     assert bench.pool.submit(P, 5, "a", 5)
@@ -248,14 +270,14 @@ async def test_a_partition_with_too_much_pending_is_paused_and_resumed() -> None
     assert (bench.full, bench.ebbed) == ([P], [P])
 
 
-async def test_what_is_to_follow_delays_the_acknowledgement_and_not_the_next_item() -> None:
+async def test_what_is_to_follow_delays_the_acknowledgement_and_not_the_next_item(follow: Follow) -> None:
     gates: list[asyncio.Event] = [asyncio.Event() for _ in range(3)]
 
     async def publish(payload: int) -> Awaitable[None]:
         async def acknowledged() -> None:
             await gates[payload].wait()
 
-        return acknowledged()
+        return follow(acknowledged())
 
     bench = Bench(publish)
     for n in range(3):
@@ -269,7 +291,7 @@ async def test_what_is_to_follow_delays_the_acknowledgement_and_not_the_next_ite
     assert bench.acknowledged == [0, 1, 2]
 
 
-async def test_an_item_is_handled_again_when_what_was_to_follow_fails() -> None:
+async def test_an_item_is_handled_again_when_what_was_to_follow_fails(follow: Follow) -> None:
     async def publish(payload: int) -> Awaitable[None]:
         async def refused() -> None:
             if len(bench.ended) < 2:
@@ -277,7 +299,7 @@ async def test_an_item_is_handled_again_when_what_was_to_follow_fails() -> None:
             if len(bench.ended) < 3 or payload == 2:
                 raise ValueError("too large")
 
-        return refused()
+        return follow(refused())
 
     bench = Bench(publish)
     bench.put("a", 1)
@@ -330,14 +352,14 @@ async def test_a_revoked_partition_lets_what_runs_end_and_begins_nothing_more() 
     assert bench.acknowledged == ["runs", "waits"]
 
 
-async def test_revoking_waits_for_what_is_to_follow() -> None:
+async def test_revoking_waits_for_what_is_to_follow(follow: Follow) -> None:
     acknowledged = asyncio.Event()
 
     async def publish(payload: Any) -> Awaitable[None]:
         async def wait() -> None:
             await acknowledged.wait()
 
-        return wait()
+        return follow(wait())
 
     bench = Bench(publish)
     bench.put("a", 1)
@@ -384,12 +406,14 @@ async def test_a_handler_that_takes_no_notice_of_its_end_acknowledges_nothing(
 
 # --- whatever happens
 
+Item = tuple[int, int, int, str, bool]
 KEYS = st.integers(0, 4)
 ITEM = st.tuples(
     st.integers(0, 2),  # partition
     KEYS,
     st.integers(0, 4),  # how often it yields
     st.sampled_from(["ok", "ok", "ok", "outage", "fails once", "poison", "hopeless", "later", "later fails"]),
+    st.booleans(),  # whether what is to follow is a future
 )
 
 
@@ -397,7 +421,7 @@ ITEM = st.tuples(
 class World:
     """Checks order and prefixes while it handles what Hypothesis made up."""
 
-    items: list[tuple[int, int, int, str]]
+    items: list[Item]
     tries: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     running: set[tuple[int, int]] = field(default_factory=set)
     firsts: dict[tuple[int, int], list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -405,7 +429,7 @@ class World:
     given_up: set[int] = field(default_factory=set)
 
     async def handle(self, n: int) -> Awaitable[None] | None:
-        partition, key, yields, how = self.items[n]
+        partition, key, yields, how, _ = self.items[n]
         assert (partition, key) not in self.running, "two of one key at once"
         self.running.add((partition, key))
         try:
@@ -414,7 +438,7 @@ class World:
             self.running.remove((partition, key))
 
     async def _handle(self, n: int, yields: int, how: str) -> Awaitable[None] | None:
-        partition, key, _, _ = self.items[n]
+        partition, key, _, _, is_future = self.items[n]
         self.tries[n] += 1
         if self.tries[n] == 1:
             self.firsts[partition, key].append(n)
@@ -430,7 +454,8 @@ class World:
             case "hopeless":
                 raise Hopeless from ValueError(n)
             case "later" | "later fails":
-                return self._later(n, yields, how)
+                later = self._later(n, yields, how)
+                return asyncio.ensure_future(later) if is_future else later
         return None
 
     async def _later(self, n: int, yields: int, how: str) -> None:
@@ -449,7 +474,7 @@ class World:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(ITEM, max_size=40), st.integers(1, 4), st.integers(2, 8))
 def test_every_item_is_handled_in_the_order_of_its_key_and_acknowledged_in_that_of_its_partition(
-    items: list[tuple[int, int, int, str]], running: int, pending: int
+    items: list[Item], running: int, pending: int
 ) -> None:
     world = World(items)
 
@@ -457,7 +482,7 @@ def test_every_item_is_handled_in_the_order_of_its_key_and_acknowledged_in_that_
         limits = Limits(running, pending, 3, 0.0, 0.0, (ConnectionError,))
         pool = KeyedPool[int](world.handle, world.give_up, Source(world.acknowledge), limits)
         pool.assign(range(3))
-        for n, (partition, key, yields, _) in enumerate(items):
+        for n, (partition, key, yields, _, _) in enumerate(items):
             assert pool.submit(partition, n, key, n)
             if not yields:
                 await asyncio.sleep(0)
@@ -477,7 +502,7 @@ def test_every_item_is_handled_in_the_order_of_its_key_and_acknowledged_in_that_
 @settings(max_examples=100, deadline=None)
 @given(st.lists(ITEM, min_size=1, max_size=40), st.integers(0, 30), st.booleans())
 def test_what_is_acknowledged_before_a_revocation_is_a_prefix_and_the_rest_comes_again(
-    items: list[tuple[int, int, int, str]], turns: int, patient: bool
+    items: list[Item], turns: int, patient: bool
 ) -> None:
     world = World(items)
 
@@ -485,7 +510,7 @@ def test_what_is_acknowledged_before_a_revocation_is_a_prefix_and_the_rest_comes
         limits = Limits(2, 10, 3, 0.0, 0.0, (ConnectionError,))
         pool = KeyedPool[int](world.handle, world.give_up, Source(world.acknowledge), limits)
         pool.assign(range(3))
-        for n, (partition, key, _, _) in enumerate(items):
+        for n, (partition, key, _, _, _) in enumerate(items):
             pool.submit(partition, n, key, n)
         for _ in range(turns):
             await asyncio.sleep(0)

@@ -16,7 +16,7 @@ from commands.agent import AddCustomTool, ChangeAgent, DeleteAgent, PublishAgent
 from commands.turn import CancelTurn
 from domain.credit_account import CreditAccount
 from domain.money import credits
-from domain.ports import PublicMessage
+from domain.ports import PublicMessage, Publisher
 from schemas.cloud_events import HEADERS, OPTIONAL_HEADERS, RECORD_HEADERS, CloudEvents
 from schemas.codec import EVENT_TYPES
 from schemas.public_forms import is_public, public_forms
@@ -45,11 +45,11 @@ TYPES = public_forms()
 class Subscriber:
     """Publishes a stage's records as a worker would, and reads what was published."""
 
-    def __init__(self, stage: Stage, late: bool = False) -> None:
+    def __init__(self, stage: Stage, late: bool = False, publisher: Publisher | None = None) -> None:
         self.publisher = MemoryPublisher()
         ahead = LATE * 2 if late else timedelta(0)
         self.publication = Publication(
-            self.publisher,
+            publisher or self.publisher,
             CloudEvents(BASE_URL),
             stage.log,
             stage.records,

@@ -68,9 +68,7 @@ async def publish(stage: Stage, broker: str, topics: PrivateTopics, times: int =
     expected = await Subscriber(stage).take(records)
     async with publishing(broker, topics) as publisher, asyncio.timeout(PATIENCE_S):
         for _ in range(times):
-            subscriber = Subscriber(stage)
-            subscriber.publication.publisher = publisher
-            await subscriber.take(records)
+            await Subscriber(stage, publisher=publisher).take(records)
     return expected
 
 
@@ -158,8 +156,7 @@ class Means:
 
     def __init__(self, stage: Stage, publisher: Publisher) -> None:
         self.bus = stage.bus
-        self.publication = Subscriber(stage).publication
-        self.publication.publisher = publisher
+        self.publication = Subscriber(stage, publisher=publisher).publication
 
 
 async def test_under_faust_each_key_is_published_in_the_order_of_the_log_though_workers_end_midway(
