@@ -16,7 +16,7 @@ from uuid import UUID
 
 from domain.ids import derived
 from domain.ports import PublicMessage
-from schemas.codec import EVENT_TYPES
+from schemas.codec import EVENT_TYPES, written
 from schemas.public_facts import (
     FACT_NAMES,
     AgentState,
@@ -70,7 +70,7 @@ class CloudEvents:
         kind = EVENT_TYPES[record.type]
         topic = PUBLIC[NOUNS[kind.name.partition(".")[0]]].name
         headers = self._headers(public_name(kind), record.event_id, record.stream_id, record)
-        return PublicMessage(topic, str(key), data_of_event(kind, record.event), headers)
+        return PublicMessage(topic, written(key).decode(), data_of_event(kind, record.event), headers)
 
     def of_fact(self, fact: Fact, record: AnyRecord, number: int = 0) -> PublicMessage:
         """A fact that follows from a record: the `number`-th of its kind."""
@@ -81,14 +81,16 @@ class CloudEvents:
             subject, id = record.tenant_id, derived(record.event_id, name, number)
         topic = PUBLIC[name.partition(".")[0]].name
         return PublicMessage(
-            topic, str(subject), data_of_fact(fact), self._headers(name, id, subject, record)
+            topic, written(subject).decode(), data_of_fact(fact), self._headers(name, id, subject, record)
         )
 
     def of_balance(self, balance: CreditBalance, record: AnyRecord) -> PublicMessage:
         """The account's balance; the latest stays."""
         id = derived(balance.account_id, "balance", balance.version)
         headers = self._headers(FACT_NAMES[CreditBalance], id, balance.account_id, record)
-        return PublicMessage(CREDIT_BALANCE.name, str(balance.account_id), data_of_fact(balance), headers)
+        return PublicMessage(
+            CREDIT_BALANCE.name, written(balance.account_id).decode(), data_of_fact(balance), headers
+        )
 
     def of_agent(self, state: AgentState, at: datetime) -> PublicMessage:
         """What an agent is; the latest stays."""
@@ -110,10 +112,10 @@ class CloudEvents:
             *self._required(name, id, subject, record.tenant_id, record.recorded_at),
             ("ce_oshaanishard", b"%d" % record.shard),
             ("ce_oshaaniposition", b"%d" % record.position),
-            ("ce_correlationid", str(record.correlation_id).encode()),
+            ("ce_correlationid", written(record.correlation_id)),
         ]
         if record.causation_id is not None:
-            headers.append(("ce_causationid", str(record.causation_id).encode()))
+            headers.append(("ce_causationid", written(record.causation_id)))
         # It came from outside with a request; nothing else may travel in it.
         if record.traceparent is not None and _TRACEPARENT.fullmatch(record.traceparent):
             headers.append(("ce_traceparent", record.traceparent.encode()))
@@ -122,10 +124,10 @@ class CloudEvents:
     def _required(self, name: str, id: UUID, subject: UUID, tenant_id: UUID, at: datetime) -> Headers:
         return (
             *_constant(self.base_url, name),
-            ("ce_id", str(id).encode()),
-            ("ce_subject", str(subject).encode()),
+            ("ce_id", written(id)),
+            ("ce_subject", written(subject)),
             ("ce_time", at.astimezone(UTC).isoformat().encode()),
-            ("ce_oshaanitenant", str(tenant_id).encode()),
+            ("ce_oshaanitenant", written(tenant_id)),
         )
 
 

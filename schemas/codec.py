@@ -45,7 +45,8 @@ class UnknownEvent(Exception):
     """The log has an event type or version that this program does not know; it must not be skipped."""
 
 
-@dataclass(frozen=True, slots=True)
+# There is one of each: compared, and found in caches, by identity.
+@dataclass(frozen=True, slots=True, eq=False)
 class EventType:
     """What the codec knows of an event class."""
 
@@ -108,6 +109,11 @@ def _joined(kind: EventType, payload: bytes, personal: bytes | None) -> bytes:
 def type_of(event_class: type[AggregateEvent]) -> EventType:
     """What the codec knows of a class; the classes of `AGGREGATES` only."""
     return EVENT_TYPES[event_class.TOPIC]  # type: ignore[attr-defined]
+
+
+def written(id: UUID) -> bytes:
+    """An id as people write it; the standard library's way takes five times as long."""
+    return encode_json(id)[1:-1]
 
 
 def without_nul(encoded: bytes) -> bytes:

@@ -53,6 +53,7 @@ WITHHELD: Mapping[str, tuple[str, ...]] = {
 NAMED_TOOL = ("Agent.CustomToolAdded", "Agent.CustomToolChanged")  # of the definition, the name is public
 CREDITS_PATTERN = r"^-?[0-9]+\.[0-9]{2,9}$"
 _NCR, _CREDITS = "_ncr", "_credits"
+_NESTED = (dict, list, tuple)
 _WORD = pattern_of(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
@@ -65,6 +66,7 @@ class PublicForm:
     schema: Callable[[], dict[str, Any]]
 
 
+@cache
 def public_name(kind: EventType) -> str:
     """`Turn.ToolCalled` of version 1 is `turn.tool_called.v1`."""
     return f"{_WORD.sub('_', kind.name).lower()}.v{kind.version}"
@@ -102,6 +104,8 @@ def shown(value: Any) -> Any:
             _credits_name(name): credits(member)
             if name.endswith(_NCR) and isinstance(member, int)
             else shown(member)
+            if type(member) in _NESTED
+            else member
             for name, member in value.items()
         }
     return [shown(member) for member in value] if isinstance(value, list | tuple) else value
