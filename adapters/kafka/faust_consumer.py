@@ -26,12 +26,12 @@ from mode.utils.futures import maybe_async
 
 from adapters.kafka.clients import (
     FETCH_BYTES_MAX,
+    FETCH_WAIT_MS,
     HEARTBEAT_MS,
     REQUEST_MS,
     SESSION_MS,
     KafkaConfig,
     open_consumer,
-    patience,
 )
 from adapters.kafka.quiet import quieten_clients
 from schemas.topics import RECORD_BYTES_MAX
@@ -59,7 +59,7 @@ class WorkerKafka:
     """What a Faust app needs to know of Kafka: where it is, who we are, and the consumer to use."""
 
     def __init__(self, config: KafkaConfig, gather_ms: int = 0) -> None:
-        """`gather_ms`: how long records may wait for company; a batch costs little more than a record."""
+        """`gather_ms`: how long those who send let records wait for company: asking more often finds nothing."""
         quieten_clients()
         self._config, self._gather_ms = config, gather_ms
         self.broker = config.faust_broker()
@@ -253,7 +253,8 @@ class _Thread(AIOKafkaConsumerThread):
             auto_offset_reset=conf.consumer_auto_offset_reset,
             isolation_level="read_uncommitted",
             # Faust's own 1500 is felt by every record that comes alone.
-            **patience(consumer.gather_ms),
+            fetch_max_wait_ms=consumer.gather_ms or FETCH_WAIT_MS,
+            fetch_min_bytes=1,
             fetch_max_bytes=FETCH_BYTES_MAX,
             max_partition_fetch_bytes=RECORD_BYTES_MAX,
             max_poll_records=POLL_RECORDS_MAX,

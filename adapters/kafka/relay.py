@@ -64,9 +64,13 @@ class LogNotDense(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RelayOptions:
-    """How relays share the work; all relays of a cluster have the same."""
+    """How relays share the work; all relays of a cluster have the same.
+
+    `gather_s`: by work topic, how long records may wait for company, where nobody waits for them.
+    """
 
     firehose: str = LOG.name
+    gather_s: Mapping[str, float] = field(default_factory=dict)
     ranges: int = 4
     ttl_s: float = 5.0  # after how long a silent relay's ranges are taken over
     look_s: float = LOOK_S
@@ -423,7 +427,8 @@ class _Session:
     def _lane(self, to: TopicPartition) -> Lane:
         lane = self._lanes.get(to)
         if lane is None:
-            lane = self._lanes[to] = Lane(self._broker, to, self._on_ack)
+            gather_s = self._relay._options.gather_s.get(to.topic, 0.0)
+            lane = self._lanes[to] = Lane(self._broker, to, self._on_ack, gather_s)
             self._group.create_task(lane.run())
         return lane
 

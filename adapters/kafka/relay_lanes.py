@@ -1,7 +1,8 @@
 """Lanes of the relay: one partition of one topic each, fed in order and acknowledged in order.
 
 A lane has one batch under way at a time and fills the next one meanwhile, so that a single record goes at once and many
-go in few batches, and nothing is ever sent before what comes before it was acknowledged.
+go in few batches, and nothing is ever sent before what comes before it was acknowledged. Lanes that gather send at the same
+moments: what has come for all of them goes in one request.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ class TopicsChanged(Exception):
 class Lane:
     """The way of records into a partition. `sent` and `acked` count records; `next_offset` follows the last of them."""
 
-    def __init__(self, broker: Broker, to: TopicPartition, on_ack: Callable[[int], None]) -> None:
-        self._broker, self.to, self._on_ack = broker, to, on_ack
+    def __init__(
+        self, broker: Broker, to: TopicPartition, on_ack: Callable[[int], None], gather_s: float = 0.0
+    ) -> None:
+        self._broker, self.to, self._on_ack, self._gather_s = broker, to, on_ack, gather_s
         self._batches: deque[Any] = deque()
         self._open: Any = None
         self._more = asyncio.Event()
@@ -74,6 +77,8 @@ class Lane:
         """
         while True:
             await self._more.wait()
+            if self._gather_s and len(self._batches) == 1:
+                await asyncio.sleep(self._gather_s - asyncio.get_running_loop().time() % self._gather_s)
             self._more.clear()
             while self._batches:
                 batch = self._batches.popleft()

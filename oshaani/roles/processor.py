@@ -48,7 +48,7 @@ PUBLISHING = (public_topics.name, usage_analytics.name)
 SWEEPING = ("agent_turns", "tool_calls", "notifications")  # those that take up due work
 
 
-# Those whose work nobody waits for take records together.
+# Those whose work nobody waits for get records together: the relay lets them wait so long for company.
 GATHER_MS = {
     "agent_turns": 250,  # a hint came before
     "credit_debits": 100,

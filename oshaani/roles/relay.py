@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from prometheus_client import CollectorRegistry
 
 from adapters.kafka.clients import KafkaConfig
-from adapters.kafka.relay import Relay
+from adapters.kafka.relay import Relay, RelayOptions
 from adapters.postgres.leases import PostgresLeases
 from adapters.postgres.pool import open_pool
 from adapters.postgres.server_secret import server_secret
@@ -17,7 +17,7 @@ from oshaani.master_key import master_key
 from oshaani.process import Ending
 from oshaani.role_metrics import LogHeads, watch_relay
 from oshaani.roles.life import DRAIN_S, Announce, Life, operators
-from oshaani.roles.processor import DISTRIBUTED
+from oshaani.roles.processor import DISTRIBUTED, GATHER_MS
 from oshaani.settings import Settings
 from oshaani.wiring import hints_of, open_log, secret_of
 from schemas.codec import type_of
@@ -32,7 +32,10 @@ async def relay(settings: Settings, dsn: str, announce: Announce) -> None:
         log = await stack.enter_async_context(open_log(dsn))
         root = await server_secret(pool, master_key(settings), settings.previous_master_keys)
         hints = hints_of(dsn, secret_of(root))
-        carrying = Relay(log, PostgresLeases(pool), KafkaConfig.of(settings), life.name, work_types())
+        options = RelayOptions(gather_s={work_topic(name).name: ms / 1000 for name, ms in GATHER_MS.items()})
+        carrying = Relay(
+            log, PostgresLeases(pool), KafkaConfig.of(settings), life.name, work_types(), options
+        )
         hints.on_hint(lambda hint: carrying.wake(hint.rows))
         metrics, heads = CollectorRegistry(), LogHeads(log)
         watch_relay(metrics, carrying, lambda: heads.latest)

@@ -54,6 +54,7 @@ class Stage:
     config: KafkaConfig
     firehose: str
     work: Mapping[str, Collection[str]]
+    gather_s: Mapping[str, float] = field(default_factory=dict)
     ttl_s: float = TTL_S
     tenants: list[UUID] = field(
         default_factory=lambda: [tenant_on(shard) for shard in (0, 1, 2, 3, 5, 8, 16, 31)]
@@ -65,7 +66,7 @@ class Stage:
 
     @property
     def options(self) -> RelayOptions:
-        return RelayOptions(firehose=self.firehose, ttl_s=self.ttl_s, look_s=0.3)
+        return RelayOptions(firehose=self.firehose, gather_s=self.gather_s, ttl_s=self.ttl_s, look_s=0.3)
 
     def relay(self, holder: str | None = None) -> Relay:
         """One that is not running yet."""

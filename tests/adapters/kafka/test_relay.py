@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import time
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -39,6 +41,7 @@ from tests.peers.brokers import ADMIN_S, PrivateTopics
 from tests.peers.log_rows import tenant_on
 
 ROOT = Path(__file__).parents[3]
+GATHER_S = 0.1
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ async def stage(database_url: str, broker: str, topics: PrivateTopics) -> AsyncI
     firehose, turns, credits = topics.create(FIREHOSE, TURNS, CREDITS)
     async with opened_log(database_url) as (log, leases):
         work = {turns.name: {ASKED}, credits.name: {ASKED, ANSWERED}}
-        yield Stage(log, leases, KafkaConfig.at(broker), firehose.name, work)
+        yield Stage(log, leases, KafkaConfig.at(broker), firehose.name, work, {credits.name: GATHER_S})
 
 
 def make(servers: str, *topics: Topic) -> None:
@@ -109,6 +112,30 @@ async def test_work_topics_get_only_their_types(stage: Stage) -> None:
         assert [row for shard in sorted(by_shard) for row in by_shard[shard]] == [
             row for row in expected if row.type in types
         ]
+
+
+async def test_what_nobody_waits_for_is_gathered(stage: Stage) -> None:
+    (patient,) = stage.gather_s
+    async with stage.running() as relay:
+        await stage.happen(1, tenants=stage.tenants[:1])
+        await stage.relayed()
+        began_s = time.monotonic()
+        for _ in range(20):
+            await stage.happen(1, tenants=stage.tenants[:1])
+            relay.wake()
+            await until(partial(has_come, stage), "the firehose")
+        await stage.relayed()
+        took_s = time.monotonic() - began_s
+    records = await stage.records(patient)
+    assert len(records) == 21
+    # The broker gives all records of a batch the same time.
+    batches = {record.timestamp for record in records[1:]}
+    assert len(batches) <= took_s / GATHER_S + 1
+
+
+async def has_come(stage: Stage) -> bool:
+    """Whether all of the log is on the firehose."""
+    return len(await stage.records(stage.firehose)) == len(await stage.all_of_log())
 
 
 async def test_large_events_arrive(stage: Stage) -> None:
