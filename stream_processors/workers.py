@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from schemas.hints import Hint
+from schemas.hints import Serving
 
 HEARD_S = 1.2  # how long a worker that has become silent is believed to be there
 
@@ -18,13 +18,11 @@ class Workers:
     def __init__(self) -> None:
         self._found: dict[int, tuple[str, float]] = {}
 
-    def hear(self, hint: Hint) -> None:
-        """A worker may have said what it serves."""
-        if hint.serving is not None:
-            worker, shards = hint.serving
-            self._found = {shard: found for shard, found in self._found.items() if found[0] != worker}
-            heard_s = time.monotonic()
-            self._found |= dict.fromkeys(shards, (worker, heard_s))
+    def hear(self, serving: Serving) -> None:
+        """A worker has said what it serves."""
+        worker, shards = serving
+        self._found = {shard: found for shard, found in self._found.items() if found[0] != worker}
+        self._found |= dict.fromkeys(shards, (worker, time.monotonic()))
 
     def of(self, shard: int) -> str | None:
         """The worker that serves a shard now; None when nobody has said so lately."""

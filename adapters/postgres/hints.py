@@ -84,6 +84,7 @@ class Hints:
         self._dsn, self._sealing = dsn, Sealing(key)
         self._news, self._told = News(), asyncio.Event()
         self._listeners: list[Listener] = []
+        self._serving_listeners: list[Callable[[Serving], None]] = []
         self._serving: Callable[[], Serving] | None = None
 
     def tell(self, records: Sequence[AnyRecord], rows: Sequence[StoredEvent] = ()) -> None:
@@ -100,15 +101,19 @@ class Hints:
         self._told.set()
 
     def on_hint(self, listener: Listener) -> None:
-        """Have a function called with each hint, this process's own too, and wait for what it returns before the next."""
+        """Have a function called when the log has grown, by this process too, and wait for what it returns before the next."""
         self._listeners.append(listener)
+
+    def on_serving(self, listener: Callable[[Serving], None]) -> None:
+        """Have a function called with what each worker says that it serves, before what else comes with it."""
+        self._serving_listeners.append(listener)
 
     async def run(self, *, sends: bool = True) -> None:
         """Send and receive until cancelled; survives any outage of the database."""
         async with asyncio.TaskGroup() as group:
             if sends:
                 group.create_task(_insist(self._dsn, self._send))
-            if self._listeners:
+            if self._listeners or self._serving_listeners:
                 group.create_task(listen(self._dsn, CHANNEL, self._hear))
 
     async def _send(self, connection: Connection) -> None:
@@ -130,7 +135,12 @@ class Hints:
     async def _hear(self, text: str) -> None:
         body = self._sealing.read(text)
         hint = None if body is None else read(body)
-        if hint is not None:
+        if hint is None:
+            return
+        if hint.serving is not None:
+            for told in self._serving_listeners:
+                told(hint.serving)
+        if hint.heads:
             for listener in self._listeners:
                 if (heard := listener(hint)) is not None:
                     await heard

@@ -72,8 +72,8 @@ async def api(settings: Settings, dsn: str, announce: Announce) -> None:
             core.bus.on_loaded = work.history.loaded
             app = create_app(server)
             hints.on_hint(tail.hear)
-            hints.on_hint(workers.hear)
             hints.on_hint(take_in)
+            hints.on_serving(workers.hear)
             config = KafkaConfig.of(settings)
             parts = {
                 "hints": hints.run(),

@@ -320,8 +320,8 @@ async def _over_kafka(parts: _Parts, database_url: str, broker: str, closing: As
         await runner.offer_rows([wire.unpack(value) for value in values])
 
     hints.on_hint(tail.hear)
-    hints.on_hint(workers.hear)
     hints.on_hint(take_in)
+    hints.on_serving(workers.hear)
     hints.on_hint(lambda hint: relay.wake(hint.rows))
 
     async def awaited(said: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from schemas.hints import NOTHING_NEW, Serving
+from schemas.hints import Serving
 from stream_processors import workers as module
 from stream_processors.workers import Workers
 
@@ -14,7 +14,7 @@ from stream_processors.workers import Workers
 def told(*said: tuple[str, tuple[int, ...]]) -> Workers:
     workers = Workers()
     for worker, shards in said:
-        workers.hear(NOTHING_NEW._replace(serving=Serving(worker, shards)))
+        workers.hear(Serving(worker, shards))
     return workers
 
 
@@ -26,12 +26,6 @@ def test_the_latest_who_says_so_serves_a_shard() -> None:
 def test_what_a_worker_does_not_name_any_more_it_does_not_serve() -> None:
     workers = told(("one", (1, 2)), ("two", (3,)), ("one", (2,)), ("two", ()))
     assert [workers.of(shard) for shard in range(4)] == [None, None, "one", None]
-
-
-def test_a_hint_of_somebody_else_says_nothing_about_it() -> None:
-    workers = told(("one", (1,)))
-    workers.hear(NOTHING_NEW)
-    assert workers.of(1) == "one"
 
 
 async def test_a_worker_that_has_become_silent_is_not_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,18 +119,23 @@ async def test_a_worker_says_what_it_serves_again_and_again_and_with_its_news(
 ):
     monkeypatch.setattr(hints_module, "ANNOUNCE_S", 0.02)
     teller, listener = Hints(database_url, KEY), Hints(database_url, KEY)
-    heard: list[Hint] = []
-    listener.on_hint(heard.append)
+    heard: list[Serving] = []
+    news: list[Hint] = []
+    listener.on_serving(heard.append)
+    listener.on_hint(news.append)
     shards = [(1, 2), (3,)]
     teller.announce(lambda: Serving("one/1", shards[0]))
     async with running(teller, listener):
         await eventually(lambda: len(heard) > 3)
+        assert not news, "nothing has happened"
         teller.tell([committed(3, 7)])
-        await eventually(lambda: any(hint.heads == {3: 7} for hint in heard))
-        assert {hint.serving for hint in heard} == {Serving("one/1", (1, 2))}
+        await eventually(lambda: len(news) == 1)
+        assert (news[0].heads, news[0].serving) == ({3: 7}, Serving("one/1", (1, 2)))
+        assert set(heard) == {Serving("one/1", (1, 2))}
         del shards[0]
         teller.wake()
-        await eventually(lambda: heard[-1].serving == Serving("one/1", (3,)))
+        await eventually(lambda: heard[-1] == Serving("one/1", (3,)))
+        assert len(news) == 1
 
 
 async def test_a_channel_is_heard_whatever_is_said_and_after_an_outage(database_url: str, monkeypatch: Any):
