@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar
@@ -53,9 +53,9 @@ class Aftermath:
         log: EventLog,
         publisher: Publisher,
         events: CloudEvents,
-        then: Callable[[Sequence[AnyRecord]], Awaitable[None]],
+        then: Callable[[AnyRecord], Awaitable[None]],
     ) -> None:
-        """`then`: what else is to be done about records when they are acknowledged."""
+        """`then`: what else is to be done about a record when its messages are acknowledged."""
         self._log, self._publisher, self._events, self._then = log, publisher, events, then
         self._gathered: list[_Published] = []
         self._commands: OrderedDict[int, CommandRow] = OrderedDict()  # by the number of their ids
@@ -77,7 +77,8 @@ class Aftermath:
         try:
             await self._finish(together)
         except Exception as failure:
-            _end(together, failure)
+            for each in together:
+                _end(each, failure)
 
     async def _finish(self, together: Sequence[_Published]) -> None:
         acknowledged = await asyncio.gather(*(each.acknowledged for each in together), return_exceptions=True)
@@ -86,12 +87,16 @@ class Aftermath:
             if failure is None:
                 well.append(each)
             else:
-                _end([each], failure)
-        records = [each.record for each in well]
-        accepted = [self._accepted(record, row) for record, row in await self._last_of(records)]
-        await (await self._publisher.send(accepted))
-        await self._then(records)
-        _end(well)
+                _end(each, failure)
+        commands = await self._last_of([each.record for each in well])
+        await (await self._publisher.send([self._accepted(record, row) for record, row in commands]))
+        for each in well:
+            try:
+                await self._then(each.record)
+            except Exception as failure:
+                _end(each, failure)
+            else:
+                _end(each)
 
     async def _last_of(self, records: Sequence[AnyRecord]) -> list[tuple[AnyRecord, CommandRow]]:
         """Those that are the last of a command, with it."""
@@ -127,13 +132,12 @@ class Aftermath:
         return self._events.of_fact(accepted, record)
 
 
-def _end(published: Iterable[_Published], failure: BaseException | None = None) -> None:
-    for each in published:
-        if each.finished.done():
-            continue  # nobody waits for it any more
-        if isinstance(failure, Exception):
-            each.finished.set_exception(failure)
-        elif failure is not None:
-            each.finished.cancel()
-        else:
-            each.finished.set_result(None)
+def _end(published: _Published, failure: BaseException | None = None) -> None:
+    if published.finished.done():
+        return  # nobody waits for it any more
+    if isinstance(failure, Exception):
+        published.finished.set_exception(failure)
+    elif failure is not None:
+        published.finished.cancel()
+    else:
+        published.finished.set_result(None)

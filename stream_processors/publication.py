@@ -54,7 +54,7 @@ class Publication:
         self._log, self._records, self._clock = log, records, clock
         self._turns: OrderedDict[UUID, TurnFacts] = OrderedDict()
         self._versions: OrderedDict[UUID, int] = OrderedDict()
-        self.aftermath = Aftermath(log, publisher, events, self._have_last_words)
+        self.aftermath = Aftermath(log, publisher, events, self._have_last_word)
 
     async def facts_of(self, record: Record[Turn.Event]) -> TurnFacts:
         """What is known of the record's turn, this record included."""
@@ -94,14 +94,9 @@ class Publication:
 
     # --- inside
 
-    async def _have_last_words(self, records: Sequence[AnyRecord]) -> None:
-        for record in records:
-            if isinstance(record.event, CreditAccount.Moved):
-                await self._have_last_word(record)
-
-    async def _have_last_word(self, record: Record[CreditAccount.Moved]) -> None:
+    async def _have_last_word(self, record: AnyRecord) -> None:
         """After a balance was published late: the account's latest one, until nothing newer is found."""
-        while self.may_be_overtaken(record):
+        while isinstance(record.event, CreditAccount.Moved) and self.may_be_overtaken(record):
             if self.is_published(record.stream_id, record.stream_version + 1):
                 return  # the last word is that one's affair
             latest = await insist(partial(self._latest_movement, record))
