@@ -80,11 +80,12 @@ class Lane:
             if self._gather_s and len(self._batches) == 1:
                 await asyncio.sleep(self._gather_s - asyncio.get_running_loop().time() % self._gather_s)
             self._more.clear()
-            while self._batches:
+            for _ in range(len(self._batches)):
                 batch = self._batches.popleft()
                 if batch is self._open:
                     self._open = None
                 await self._send(batch)
+            self.flush()  # what has come meanwhile
 
     async def _send(self, batch: Any) -> None:
         crash_point("relay.before_send")
