@@ -50,8 +50,8 @@ from domain.ids import CommandId, UserId, shard_of
 from domain.ports import Clock
 from domain.turn import Turn
 from schemas import snapshots
-from schemas.codec import decode_json, encode_json
-from schemas.records import UNREADABLE, AnyRecord, Records, record_of
+from schemas.codec import EVENT_TYPES, decode_json, encode_json
+from schemas.records import UNREADABLE, AnyRecord, Record, Records, record_of
 
 log_of = logging.getLogger(__name__)
 
@@ -510,19 +510,16 @@ class Bus:
             if (begun and row.stream_version == 1) or (row.shard, row.stream_id.int) in self._cache
         }
         rows = [row for row in newer if (row.shard, row.stream_id.int) in known]
-        try:
-            return await self._records.open(rows)
-        except UNREADABLE as failure:
-            log_of.warning("an event that others appended cannot be read: %r", failure)
-        opened, closed = list[AnyRecord](), set[Place]()
-        for row in rows:
-            try:
-                opened += await self._records.open([row])
-            except UNREADABLE:
-                closed.add((row.shard, row.stream_id.int))
+        found, closed = list[AnyRecord](), set[Place]()
+        for record in await self._records.open_some(rows, EVENT_TYPES):
+            if isinstance(record, Record):
+                found.append(record)
+            else:
+                log_of.warning("an event that others appended cannot be read: %r", record.error)
+                closed.add((record.shard, record.stream_id.int))
         for place in closed:
             self._cache.pop(place, None)
-        return [record for record in opened if (record.shard, record.stream_id.int) not in closed]
+        return [record for record in found if (record.shard, record.stream_id.int) not in closed]
 
     def _follow(self, newer: Sequence[AnyRecord]) -> None:
         """Bring cached aggregates up to date with what other processes wrote, and take in those that begin."""

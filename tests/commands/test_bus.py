@@ -373,13 +373,15 @@ async def test_who_was_overtaken_decides_again_on_what_is_new(log: EventLog, rec
     bus, other = Bus(counting, records, rules()), Bus(log, records, rules())
     owner = await signed_up(bus)
     opened: list[int] = []
-    open_rows = records.open
 
-    async def counted(rows: Any) -> Any:
-        opened.append(len(rows))
-        return await open_rows(rows)
+    def counted(open_rows: Any) -> Any:
+        async def open_and_count(rows: Any, *types: Any) -> Any:
+            opened.append(len(rows))
+            return await open_rows(rows, *types)
 
-    records.open = counted  # type: ignore[method-assign]
+        return open_and_count
+
+    records.open, records.open_some = counted(records.open), counted(records.open_some)  # type: ignore[method-assign]
     for _ in range(5):
         await other.execute(owner.message(), by=BY)
         opened.clear()
