@@ -43,9 +43,7 @@ DRAIN_S: Final = 5.0  # and when the process does
 COMMIT_MAX_S: Final = 2.0
 STOP_S: Final = 3.0
 DEAD_LETTER_S, DEAD_LETTER_ATTEMPTS = 5.0, 3
-MESSAGES_MAX: Final = (
-    64  # of Faust's that wait for us; each has all records of a partition that came together
-)
+MESSAGES_MAX: Final = 64  # of Faust's that wait for us, each with what came together of a partition
 _STREAM_ID_BYTES: Final = 16
 _NOBODY: Final = UUID(int=0)
 

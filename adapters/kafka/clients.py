@@ -203,13 +203,6 @@ async def open_producer(
         await _stop_producer(producer)
 
 
-def patience(gather_ms: int) -> dict[str, int]:
-    """What a consumer is told of how long records may wait for company; 0: each comes at once."""
-    if gather_ms:
-        return {"fetch_max_wait_ms": gather_ms, "fetch_min_bytes": GATHER_BYTES}
-    return {"fetch_max_wait_ms": FETCH_WAIT_MS, "fetch_min_bytes": 1}
-
-
 @asynccontextmanager
 async def open_consumer(  # noqa: PLR0913 - what differs between those that read
     config: KafkaConfig,
@@ -240,7 +233,8 @@ async def open_consumer(  # noqa: PLR0913 - what differs between those that read
         auto_offset_reset=auto_offset_reset,
         enable_auto_commit=False,
         isolation_level="read_uncommitted",
-        **patience(gather_ms),
+        fetch_max_wait_ms=gather_ms or FETCH_WAIT_MS,
+        fetch_min_bytes=GATHER_BYTES if gather_ms else 1,
         fetch_max_bytes=FETCH_BYTES_MAX,
         max_partition_fetch_bytes=RECORD_BYTES_MAX,
         session_timeout_ms=SESSION_MS,
