@@ -24,6 +24,7 @@ LOOKUPS_MAX: Final = 200  # commands asked for at once
 COMMANDS_MAX: Final = 20_000  # known at once
 PAUSE_S: Final = 0.5
 
+K = TypeVar("K")
 V = TypeVar("V")
 
 
@@ -34,6 +35,14 @@ async def insist(ask: Callable[[], Awaitable[V]]) -> V:
             return await ask()
         except LogUnavailable:
             await asyncio.sleep(PAUSE_S)
+
+
+def keep(known: OrderedDict[K, V], key: K, value: V, count_max: int) -> None:
+    """Remember a value as the latest; of more than `count_max` the oldest is forgotten."""
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > count_max:
+        known.popitem(last=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -109,13 +118,11 @@ class Aftermath:
         for first in range(0, len(asked), LOOKUPS_MAX):
             await insist(partial(self._look_up, asked[first : first + LOOKUPS_MAX]))
         found = [(record, self._commands.get(record.command_id.int)) for record in records]
-        while len(self._commands) > COMMANDS_MAX:
-            self._commands.popitem(last=False)
         return [(record, row) for record, row in found if row is not None and row.position == record.position]
 
     async def _look_up(self, ids: Sequence[tuple[int, UUID]]) -> None:
         for command_id, row in (await self._log.commands(ids)).items():
-            self._commands[command_id.int] = row
+            keep(self._commands, command_id.int, row, COMMANDS_MAX)
 
     def _accepted(self, record: AnyRecord, command: CommandRow) -> PublicMessage:
         accepted = CommandAccepted(

@@ -41,7 +41,9 @@ async def publish(record: AnyRecord, work: Work) -> Awaitable[None]:
     if is_public(EVENT_TYPES[record.type]):
         messages = await _messages(record, publication)
     finished = publication.aftermath.of(record, await publication.publisher.send(messages))
-    return _with_agent(record, work, finished) if isinstance(record.event, Agent.Event) else finished
+    if isinstance(record.event, Agent.Event):
+        return _publish_agent(record, work, publication, finished)
+    return finished
 
 
 async def _messages(record: AnyRecord, publication: Publication) -> list[PublicMessage]:
@@ -111,14 +113,11 @@ def _tool_called(record: AnyRecord, event: Turn.ToolCalled, turn: TurnFacts) -> 
 # --- agents
 
 
-async def _with_agent(record: AnyRecord, work: Work, finished: Awaitable[None]) -> None:
-    await finished
-    assert work.publication is not None
-    await _publish_agent(record, work, work.publication)
-
-
-async def _publish_agent(record: AnyRecord, work: Work, publication: Publication) -> None:
+async def _publish_agent(
+    record: AnyRecord, work: Work, publication: Publication, finished: Awaitable[None]
+) -> None:
     """The agent as it is now, at least as new as the record; again if another worker may have come in between."""
+    await finished
     agent_id, tenant_id, version = record.stream_id, UserId(record.tenant_id), record.stream_version
     while not publication.is_published(agent_id, version):
         agent = await insist(partial(work.bus.read, Agent, agent_id, tenant_id, version))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar, cast
+from typing import cast
 from uuid import UUID
 
 from domain.credit_account import CreditAccount
@@ -21,7 +21,7 @@ from domain.turn import Turn
 from schemas.cloud_events import CloudEvents
 from schemas.public_facts import balance_of
 from schemas.records import AnyRecord, Record, Records, Unreadable
-from stream_processors.aftermath import Aftermath, insist
+from stream_processors.aftermath import Aftermath, insist, keep
 
 TURNS_MAX = 20_000  # known at once
 STATES_MAX = 50_000
@@ -29,8 +29,6 @@ STREAM_EVENTS_MAX = 1_000  # of a turn; it has fewer than a hundred
 MOVEMENT_FIRST = 8  # events of an account among which its last movement nearly always is
 # Half of what it takes a group to give a silent worker's records to another one.
 LATE = timedelta(seconds=5)
-
-V = TypeVar("V")
 
 
 @dataclass(slots=True)
@@ -68,7 +66,7 @@ class Publication:
         if isinstance(record.event, Turn.Ended):
             self._turns.pop(record.stream_id, None)
         else:
-            _keep(self._turns, record.stream_id, facts, TURNS_MAX)
+            keep(self._turns, record.stream_id, facts, TURNS_MAX)
         return facts
 
     # --- states, of which the latest must have the last word
@@ -79,7 +77,7 @@ class Publication:
 
     def note(self, state_id: UUID, version: int) -> None:
         """The state at this version is handed out now."""
-        _keep(self._versions, state_id, version, STATES_MAX)
+        keep(self._versions, state_id, version, STATES_MAX)
 
     def may_be_overtaken(self, record: AnyRecord) -> bool:
         """Whether another worker may have handled the record, and later ones, in the meantime."""
@@ -150,10 +148,3 @@ def _add(facts: TurnFacts, record: AnyRecord) -> None:
         facts.models[event.call_id] = event.provider, event.model
     elif isinstance(event, Turn.ToolCallRequested):
         facts.tools[event.tool_call_id] = event
-
-
-def _keep(known: OrderedDict[UUID, V], id: UUID, value: V, count_max: int) -> None:
-    known[id] = value
-    known.move_to_end(id)
-    if len(known) > count_max:
-        known.popitem(last=False)
