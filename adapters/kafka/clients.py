@@ -28,7 +28,9 @@ START_S = (
 STOP_S = 5.0  # Sending what is left, and leaving the group.
 REQUEST_MS = 40_000  # How long a record is tried for; an outage that is shorter loses no producer.
 METADATA_AGE_MS = 60_000
-FETCH_WAIT_MS = 50  # What a consumer waits at most for a record that comes alone; aiokafka's 500 is felt.
+FETCH_WAIT_MS = (
+    500  # How long a broker holds a fetch that finds nothing; what comes meanwhile it answers with at once.
+)
 GATHER_BYTES = 64 * 1024  # what is worth being fetched before the time that records may wait for company
 FETCH_BYTES_MAX = 16 * 1024 * 1024
 BATCH_BYTES = 128 * 1024

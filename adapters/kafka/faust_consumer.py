@@ -58,16 +58,15 @@ class TopicBegunAnew(Exception):
 class WorkerKafka:
     """What a Faust app needs to know of Kafka: where it is, who we are, and the consumer to use."""
 
-    def __init__(self, config: KafkaConfig, gather_ms: int = 0) -> None:
-        """`gather_ms`: how long those who send let records wait for company: asking more often finds nothing."""
+    def __init__(self, config: KafkaConfig) -> None:
         quieten_clients()
-        self._config, self._gather_ms = config, gather_ms
+        self._config = config
         self.broker = config.faust_broker()
         self.credentials = config.faust_credentials()
 
     def consumer(self, transport: Any, **options: Any) -> WorkerConsumer:
         """The consumer of a Faust transport; to be put in the place of the transport's own."""
-        return WorkerConsumer(transport, kafka=self._config, gather_ms=self._gather_ms, **options)
+        return WorkerConsumer(transport, kafka=self._config, **options)
 
     async def partitions_of(self, topic: str) -> int:
         """How many partitions a topic has; waits for the broker and the topic for as long as it takes."""
@@ -88,8 +87,8 @@ class WorkerKafka:
 class WorkerConsumer(Consumer):
     """The consumer of one worker."""
 
-    def __init__(self, transport: Any, *, kafka: KafkaConfig, gather_ms: int = 0, **options: Any) -> None:
-        self.kafka, self.gather_ms = kafka, gather_ms
+    def __init__(self, transport: Any, *, kafka: KafkaConfig, **options: Any) -> None:
+        self.kafka = kafka
         self.polled_s = self._well_s = time.monotonic()
         self._member, self._joined_s = "", deque[float](maxlen=TWINS_MAX + 2)
         self._finished: dict[Any, int] = {}  # of each partition, the offset that follows on what is finished
@@ -252,8 +251,8 @@ class _Thread(AIOKafkaConsumerThread):
             enable_auto_commit=False,
             auto_offset_reset=conf.consumer_auto_offset_reset,
             isolation_level="read_uncommitted",
-            # Faust's own 1500 is felt by every record that comes alone.
-            fetch_max_wait_ms=consumer.gather_ms or FETCH_WAIT_MS,
+            # Faust's own 1500 is felt when partitions change hands: what else is asked of the broker waits behind it.
+            fetch_max_wait_ms=FETCH_WAIT_MS,
             fetch_min_bytes=1,
             fetch_max_bytes=FETCH_BYTES_MAX,
             max_partition_fetch_bytes=RECORD_BYTES_MAX,

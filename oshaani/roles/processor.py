@@ -83,7 +83,7 @@ async def processor(settings: Settings, dsn: str, announce: Announce, name: str)
         slot = Slot(leases, settings.slot) if settings.slot else None
         measured = ProcessorMetrics(metrics, name).measured(DISTRIBUTED[name])
         host_class = AnalyticsHost if name == usage_analytics.name else FaustHost
-        host = host_class(measured, supplies, WorkerKafka(config, GATHER_MS.get(name, 0)), slot)
+        host = host_class(measured, supplies, WorkerKafka(config), slot)
         host.on_grown = core.bus.hint
         watch_processor(metrics, name, lambda: host.state)
         counted = PlatformMetrics(
