@@ -1,8 +1,8 @@
 """The one way to change anything: `await bus.execute(command)`.
 
 Commands that wait are decided together, on aggregates kept in memory, and written with one append. The append proves
-that the shards' heads are what the decisions were based on; when another process was faster, nothing is written and
-they are decided again. A command id is served once, for ever.
+that nobody has changed what the decisions were based on; when another process was faster, nothing is written and they are
+decided again. A command id is served once, for ever.
 """
 
 from __future__ import annotations
@@ -101,7 +101,10 @@ class Waiting:
     causation_id: UUID | None
     traceparent: str | None
     shard: int
-    tried: int = 0  # the position its last event has if the append under way succeeds
+    position: int = 0  # of its last event, 0 without any, if the append under way succeeds
+    # The append under way, and the first one whose answer was lost, can only stand beyond these positions.
+    beyond: int | None = None
+    lost_beyond: int | None = None
     outcome: Outcome | Exception | None = None
     _callers: list[asyncio.Future[None]] = field(default_factory=list)
 
@@ -126,10 +129,11 @@ class Waiting:
 
 @dataclass(slots=True)
 class Decided:
-    """What a command came to, before it is written."""
+    """What a command came to, before it is written. `based_on`: the streams that were looked at, by number."""
 
     waiting: Waiting
     write: WriteSide
+    based_on: dict[int, UUID]
     result: Result
     refusal: Refusal | None
 
@@ -158,7 +162,8 @@ class Bus:
         self._reading = asyncio.Lock()
         self._lookups: list[LookUp] = []
         self._looking: asyncio.Task[None] | None = None
-        self._heads: dict[int, int] = {}
+        self._heads: dict[int, int] = {}  # everything up to here is known
+        self._ours: dict[int, int] = {}  # where our last events stand, which may be further on
         self._stale: set[int] = set()  # shards that others have appended to since their heads were read
         self._cache: OrderedDict[Place, Known] = OrderedDict()
 
@@ -294,7 +299,7 @@ class Bus:
     async def _serve(self, group: Sequence[Waiting]) -> None:
         until = time.monotonic() + INSIST_S
         for attempt in range(TRIES_MAX):
-            group = [waiting for waiting in group if waiting.outcome is None]
+            group = _unserved(group)
             if not group:
                 return None
             try:
@@ -310,7 +315,7 @@ class Bus:
             except CommandSeen:
                 await self._answer_seen(group)
             except LogUnavailable as failure:
-                self._forget_shards(group)
+                self._lose(group)
                 late = attempt == TRIES_MAX - 1 or time.monotonic() > until
                 if late or not await self._look_up_lost(group):
                     return _fail(group, failure)
@@ -352,6 +357,13 @@ class Bus:
             row = rows.get(waiting.command_id)
             if row is not None and row.remembered:
                 _answer(waiting, row)
+
+    def _lose(self, group: Sequence[Waiting]) -> None:
+        """It is not known whether they were written."""
+        for waiting in group:
+            if waiting.lost_beyond is None:
+                waiting.lost_beyond = waiting.beyond
+        self._forget_shards(group)
 
     async def _look_up_lost(self, group: Sequence[Waiting]) -> bool:
         """After a lost answer: serve what had been written after all. False while the log cannot be reached."""
@@ -412,8 +424,10 @@ class Bus:
     def _decide_one(self, waiting: Waiting, overlay: dict[Place, Known], now: datetime) -> Decided:
         command, shard = waiting.command, waiting.shard
         tenant_id = command.tenant_id
+        based_on: dict[int, UUID] = {}
 
         def known(id: UUID) -> Root | None:
+            based_on[id.int] = id
             place = shard, id.int
             owner, root = overlay.get(place) or self._cache.get(place) or _not_loaded(id)
             return root if owner is not None and owner.int == tenant_id.int else None
@@ -426,10 +440,11 @@ class Bus:
                 if place in overlay or self._cache.get(place, NOTHING)[1] is not None:
                     raise AlreadyExists(noun_of(type(root)))
         except Refusal as refusal:
-            return Decided(waiting, write, {}, refusal)
+            return Decided(waiting, write, based_on, {}, refusal)
         for number, root in write.touched.items():
+            based_on[number] = root.id
             overlay[shard, number] = tenant_id, root
-        return Decided(waiting, write, result, None)
+        return Decided(waiting, write, based_on, result, None)
 
     async def _looked_up(self, shard: int, id: UUID) -> Known:
         """A stream as the log has it now or later; those that are asked for while the log is looked at wait together."""
@@ -485,7 +500,7 @@ class Bus:
                 is_older = cached is not None and (root is None or root.version < cached.version)
                 if shard in current and not is_older:
                     self._remember((shard, id.int), owner, root)
-            self._stale -= current
+            self._stale -= {shard for shard in current if synced.heads[shard] >= self._ours.get(shard, 0)}
         return loaded
 
     def _following(self, rows: Sequence[StoredEvent]) -> list[StoredEvent]:
@@ -573,10 +588,13 @@ class Bus:
         batch = Batch(dict(sorted(heads.items())))
         events: list[Any] = []
         objects: list[tuple[str, bytes]] = []
+        based_on: dict[int, UUID] = {}
         await self._records.ensure_keys([one.waiting.command.tenant_id for one in decided])
         for one in sorted(decided, key=lambda one: one.waiting.shard):
             waiting, position = one.waiting, 0
             shard, tenant_id = waiting.shard, waiting.command.tenant_id
+            waiting.beyond = batch.heads[shard]
+            based_on |= one.based_on
             if one.refusal is None:
                 for event in one.write.new_events():
                     position = heads[shard] = heads[shard] + 1
@@ -604,7 +622,8 @@ class Bus:
                     objects += sealed.objects
                 batch.due += one.write.due_changes.values()
             batch.commands.append(_row(one, position))
-            waiting.tried = position
+            waiting.position = position
+        batch.based_on = list(based_on.values())
         if objects:
             await self._records.store(objects)
         return batch, events
@@ -614,13 +633,24 @@ class Bus:
             if one.refusal is None:
                 self._keep_decided(one)
         records = [record_of(event, row, at) for event, row in zip(events, batch.events, strict=True)]
-        for record in records:
-            self._heads[record.shard] = record.position
+        self._advance(records)
         if records:
             self._tell(records, batch.events, at)
         for one in decided:
             waiting = one.waiting
-            waiting.serve(one.refusal or Outcome(one.result, waiting.shard, waiting.tried, seen=False))
+            position = waiting.position and waiting.position + batch.moved.get(waiting.shard, 0)
+            waiting.serve(one.refusal or Outcome(one.result, waiting.shard, position, seen=False))
+
+    def _advance(self, written: Sequence[AnyRecord]) -> None:
+        """Note where what was written stands: right behind what is known, or further on where others were faster."""
+        for record in written:
+            shard, position = record.shard, record.position
+            self._ours[shard] = position
+            # What was read beyond it meanwhile is read again: what was decided here has just replaced it in memory.
+            if self._heads.get(shard, position) >= position - 1:
+                self._heads[shard] = position
+            else:
+                self._stale.add(shard)
 
     def _keep_decided(self, one: Decided) -> None:
         shard, tenant_id = one.waiting.shard, one.waiting.command.tenant_id
@@ -669,6 +699,14 @@ def _begun(write: WriteSide) -> list[Root]:
     return [root for root in write.touched.values() if root.version == len(root.pending_events) > 0]
 
 
+def _unserved(group: Sequence[Waiting]) -> list[Waiting]:
+    """Those that are to be tried again: of them, no append is under way."""
+    found = [waiting for waiting in group if waiting.outcome is None]
+    for waiting in found:
+        waiting.beyond = None
+    return found
+
+
 def _fail(group: Sequence[Waiting], failure: Exception) -> None:
     for waiting in group:
         if waiting.outcome is None:
@@ -682,8 +720,8 @@ def _answer(waiting: Waiting, row: CommandRow) -> None:
     if row.digest != waiting.digest:
         waiting.serve(IdempotencyKeyReused("This key was used before for another request."))
     elif row.outcome == ACCEPTED:
-        # A position is given out once: what stands there is this very command, whose answer was lost.
-        ours = row.position != 0 and row.position == waiting.tried
+        # What stands there was not written before: it is this very command, whose answer was lost.
+        ours = waiting.lost_beyond is not None and row.position > waiting.lost_beyond
         waiting.serve(Outcome(decode_json(row.result), row.shard, row.position, seen=not ours))
     else:
         refusal = decode_json(row.result)

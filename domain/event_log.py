@@ -90,12 +90,29 @@ class Snapshot(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """One atomic append. Events carry their final positions: they follow `heads`, which the append proves."""
+    """One atomic append. Events carry the positions that follow `heads`.
+
+    `based_on`: the streams that all of it was decided on. When others have appended meanwhile, it is still written if
+    none of these has changed, further behind: `moved` then says by how much, shard by shard, and everything here was
+    moved on by that. None: the heads must be what they were.
+    """
 
     heads: dict[int, int]
     events: list[StoredEvent] = field(default_factory=list)
     commands: list[CommandRow] = field(default_factory=list)
     due: list[DueChange] = field(default_factory=list)
+    based_on: Sequence[UUID] | None = None
+    moved: dict[int, int] = field(default_factory=dict)
+
+    def move_on(self, moved: dict[int, int]) -> None:
+        """Have everything stand as many positions further behind, shard by shard."""
+        self.moved = moved
+        self.heads = {shard: head + moved.get(shard, 0) for shard, head in self.heads.items()}
+        self.events = [row._replace(position=row.position + moved.get(row.shard, 0)) for row in self.events]
+        self.commands = [
+            row._replace(position=row.position + moved.get(row.shard, 0)) if row.position else row
+            for row in self.commands
+        ]
 
 
 @dataclass(slots=True)
@@ -112,7 +129,7 @@ class Synced:
 
 
 class HeadMoved(Exception):
-    """Another process appended to one of the batch's shards; nothing was written. Sync, decide again."""
+    """Another process changed what the batch was based on; nothing was written. Sync, decide again."""
 
 
 class CommandSeen(Exception):
@@ -140,7 +157,7 @@ class EventLog(Protocol):
     """The system of record."""
 
     async def append(self, batch: Batch) -> datetime:
-        """Write everything or nothing and return the time of record.
+        """Write everything or nothing and return the time of record. The batch says where it stands, see `Batch`.
 
         Raises:
             HeadMoved, CommandSeen: nothing was written.

@@ -164,10 +164,8 @@ class MemoryEventLog:
 
     def _check(self, batch: Batch, staged: Batch) -> None:
         """Refuse what the database's keys would refuse, as if `staged` were already written."""
+        self._move_on(batch, staged)
         next_positions = dict(batch.heads)
-        for shard, head in batch.heads.items():
-            if head != len(self._events[shard]) + sum(event.shard == shard for event in staged.events):
-                raise HeadMoved
         for command in batch.commands:
             if self._is_served(command, staged):
                 raise CommandSeen
@@ -181,6 +179,22 @@ class MemoryEventLog:
                 # A stream that was thought new exists: what was known of the shard is wrong as with a moved head.
                 raise HeadMoved
             versions.add(version)
+
+    def _move_on(self, batch: Batch, staged: Batch) -> None:
+        """Have the batch follow on what others appended, if that changed nothing it was based on."""
+        newer: dict[int, list[StoredEvent]] = {}
+        for shard, head in batch.heads.items():
+            ours = [event for event in staged.events if event.shard == shard]
+            if head > len(self._events[shard]) + len(ours):
+                raise HeadMoved
+            newer[shard] = self._events[shard][head:] + [event for event in ours if event.position > head]
+        if not any(newer.values()):
+            return
+        changed = {event.stream_id for events in newer.values() for event in events}
+        too_many = any(len(events) > SYNC_EVENTS_MAX for events in newer.values())
+        if batch.based_on is None or too_many or not changed.isdisjoint(batch.based_on):
+            raise HeadMoved
+        batch.move_on({shard: len(events) for shard, events in newer.items()})
 
     def _is_served(self, command: CommandRow, staged: Batch) -> bool:
         key = (command.shard, command.command_id)

@@ -19,10 +19,10 @@ _HEADER = Struct("!iiIii")  # dimensions, has nulls, element type, length, lower
 _EMPTY = Struct("!iiI")
 _NULL = b"\xff\xff\xff\xff"
 _LENGTH = Struct("!i").pack
-_BIGINT = Struct("!iq").pack
+_BIGINT = Struct("!iq")
 _SMALLINT = Struct("!ih").pack
 _UUID_LENGTH = _LENGTH(16)
-_POSTGRES_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Array:
@@ -59,7 +59,7 @@ def uuids(values: Sequence[UUID | None]) -> UuidArray:
 
 def bigints(values: Sequence[int]) -> BigintArray:
     """bigint[]"""
-    return BigintArray(_array(20, [_BIGINT(8, value) for value in values]))
+    return BigintArray(_array(20, [_BIGINT.pack(8, value) for value in values]))
 
 
 def smallints(values: Sequence[int]) -> SmallintArray:
@@ -72,9 +72,14 @@ def texts(values: Sequence[str | None]) -> TextArray:
     return TextArray(_array(25, _sized([value if value is None else value.encode() for value in values])))
 
 
-def instant_of(encoded: bytes) -> datetime:
-    """A timestamptz as Postgres sends it: microseconds since 2000."""
-    return _POSTGRES_EPOCH + timedelta(microseconds=int.from_bytes(encoded, "big", signed=True))
+def numbers_of(encoded: bytes) -> list[int]:
+    """A bigint[] without nulls as Postgres sends it."""
+    return [number for _, number in _BIGINT.iter_unpack(encoded[_HEADER.size :])]
+
+
+def instant_of(microseconds: int) -> datetime:
+    """The time so long after the beginning of 1970, exactly."""
+    return _EPOCH + timedelta(microseconds=microseconds)
 
 
 def _sized(values: Sequence[bytes | None]) -> list[bytes]:

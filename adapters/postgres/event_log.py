@@ -18,7 +18,16 @@ from psycopg import sql
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from adapters.postgres import rows
-from adapters.postgres.arrays import BigintArray, SmallintArray, bigints, instant_of, smallints, uuids
+from adapters.postgres.arrays import (
+    BigintArray,
+    SmallintArray,
+    UuidArray,
+    bigints,
+    instant_of,
+    numbers_of,
+    smallints,
+    uuids,
+)
 from adapters.postgres.pool import LOG_PLANS, SCHEMA, connect, deadline, open_pool
 from adapters.postgres.prepared import PreparedCall
 from domain.event_log import (
@@ -42,8 +51,12 @@ Connection = psycopg.AsyncConnection[Any]
 CALL_S = 4.0  # what one call of the log may take before its connection is cut
 FREE_S = 1.5  # for a connection; without a database there is none, and whoever asks is told soon
 READERS = 3
-# The types of heads; the server knows those of the rows from the function.
-_APPEND_TYPES = (SmallintArray.type_oid, BigintArray.type_oid, BigintArray.type_oid, 0, 0, 0)
+# The types of heads and streams; the server knows those of the rows from the function.
+_APPEND_TYPES = (
+    *(SmallintArray.type_oid, BigintArray.type_oid, BigintArray.type_oid),
+    *(0, 0, 0),
+    UuidArray.type_oid,
+)
 _ROW_TYPES = "SELECT 'new_event'::regtype::oid, 'new_command'::regtype::oid, 'due_change'::regtype::oid"
 _HEADS = "SELECT shard, head FROM shard WHERE shard = ANY (%b) ORDER BY shard"
 _EVENT_COLUMNS = (
@@ -305,7 +318,7 @@ class _Writer:
 
     async def append(self, batch: Batch) -> datetime:
         try:
-            at = await self._append(_arguments(batch, self._types))
+            told = await self._append(_arguments(batch, self._types))
         except psycopg.Error as error:
             if error.sqlstate == "OS001":
                 raise HeadMoved from error
@@ -315,7 +328,10 @@ class _Writer:
                 # A stream that was thought new exists: what was known of the shard is wrong as with a moved head.
                 raise HeadMoved from error
             raise
-        assert at is not None, "append returns the time of record"
+        assert told is not None, "append returns the time of record"
+        at, *moved = numbers_of(told)
+        if moved:
+            batch.move_on(dict(zip(sorted(batch.heads), moved, strict=True)))
         return instant_of(at)
 
 
@@ -348,19 +364,21 @@ async def run_script(dsn: str, script: str) -> None:
         raise LogUnavailable(str(failure)) from failure
 
 
-def _arguments(batch: Batch, types: RowTypes) -> tuple[bytes, ...]:
-    counts = dict.fromkeys(batch.heads, 0)
+def _arguments(batch: Batch, types: RowTypes) -> tuple[bytes | None, ...]:
+    shards = sorted(batch.heads)
+    counts = dict.fromkeys(shards, 0)
     for event in batch.events:
         counts[event.shard] += 1
     # Commands decided together may change the same row; the last one counts.
     last_due = {(change.shard, change.id.int): change for change in batch.due}
     return (
-        smallints(list(batch.heads)).encoded,
-        bigints(list(batch.heads.values())).encoded,
+        smallints(shards).encoded,
+        bigints([batch.heads[shard] for shard in shards]).encoded,
         bigints(list(counts.values())).encoded,
         rows.events(types.event, batch.events),
         rows.commands(types.command, batch.commands),
         rows.due_changes(types.due, list(last_due.values())),
+        None if batch.based_on is None else uuids(list(batch.based_on)).encoded,
     )
 
 

@@ -102,25 +102,57 @@ DO $$ BEGIN
 EXCEPTION WHEN duplicate_object THEN NULL;
 END $$;
 
--- One append. The events' positions follow `p_heads`; if a head has moved, nothing is written.
--- Shards are locked in ascending order, so that two appends cannot deadlock.
+-- Whether others have changed one of these streams since the shards' heads were `p_heads`; also if they did so much that
+-- looking is not worth it. For whoever has locked the shards, which have been moved on by `p_moved`.
+-- Its plan is kept: one that was made while the table was small must not read all of it later.
+CREATE OR REPLACE FUNCTION changed_since(p_shards smallint[], p_heads bigint[], p_moved bigint[], p_streams uuid[])
+RETURNS boolean LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+BEGIN
+    RETURN 2000 < ANY (p_moved) OR EXISTS (
+        SELECT 1 FROM unnest(p_shards, p_heads, p_moved) p(shard, head, n)
+         CROSS JOIN LATERAL (SELECT stream_id FROM event WHERE event.shard = p.shard AND position > p.head
+                              ORDER BY position LIMIT p.n) e
+         WHERE e.stream_id = ANY (p_streams));
+END $$;
+
+-- One append. The events' positions follow `p_heads`. When others have moved a head on, the positions are moved on by as
+-- much, but only if what others did changed none of the streams that all of it was based on; else nothing is written.
+-- Returns the time of record in microseconds since 1970 and, if anything was moved, by how much on each shard.
+-- Shards are locked in ascending order, in which they are given, so that two appends cannot deadlock.
 CREATE OR REPLACE FUNCTION append(
     p_shards smallint[], p_heads bigint[], p_counts bigint[],
-    p_events new_event[], p_commands new_command[], p_due due_change[]
-) RETURNS timestamptz LANGUAGE plpgsql AS $$
+    p_events new_event[], p_commands new_command[], p_due due_change[], p_based_on uuid[]
+) RETURNS bigint[] LANGUAGE plpgsql AS $$
 DECLARE
-    at    timestamptz;
-    moved bigint;
+    at         timestamptz;
+    heads      bigint[];
+    moved      bigint[];
+    is_written boolean := false;
+    row_count  bigint;
 BEGIN
-    IF cardinality(p_shards) > 1 THEN
-        PERFORM 1 FROM shard s WHERE s.shard = ANY (p_shards) ORDER BY s.shard FOR UPDATE;
+    IF cardinality(p_shards) = 1 THEN
+        UPDATE shard SET head = head + p_counts[1] WHERE shard = p_shards[1] AND head = p_heads[1];
+        is_written := FOUND;
     END IF;
-    UPDATE shard s SET head = s.head + p.n
-      FROM unnest(p_shards, p_heads, p_counts) p(shard, head, n)
-     WHERE s.shard = p.shard AND s.head = p.head;
-    GET DIAGNOSTICS moved = ROW_COUNT;
-    IF moved <> cardinality(p_shards) THEN
-        RAISE EXCEPTION 'head moved' USING ERRCODE = 'OS001';
+    IF NOT is_written THEN
+        heads := ARRAY(SELECT s.head FROM (SELECT shard, head FROM shard WHERE shard = ANY (p_shards)
+                                            ORDER BY shard FOR UPDATE) s ORDER BY s.shard);
+        IF heads <> p_heads THEN
+            moved := ARRAY(SELECT h.now - h.before FROM unnest(heads, p_heads) h(now, before));
+            IF p_based_on IS NULL OR 0 > ANY (moved) OR changed_since(p_shards, p_heads, moved, p_based_on) THEN
+                RAISE EXCEPTION 'head moved' USING ERRCODE = 'OS001';
+            END IF;
+            p_events := ARRAY(
+                SELECT (e.shard, e.position + m.n, e.tenant_id, e.stream_id, e.stream_version, e.type, e.schema_version,
+                        e.payload, e.personal, e.subject_id, e.command_id, e.correlation_id, e.causation_id, e.actor,
+                        e.traceparent)::new_event
+                  FROM unnest(p_events) e JOIN unnest(p_shards, moved) m(shard, n) ON m.shard = e.shard);
+            p_commands := ARRAY(
+                SELECT (c.shard, c.command_id, c.tenant_id, c.type, c.actor, c.digest, c.outcome, c.remembered,
+                        CASE c.position WHEN 0 THEN 0 ELSE c.position + m.n END, c.result)::new_command
+                  FROM unnest(p_commands) c JOIN unnest(p_shards, moved) m(shard, n) ON m.shard = c.shard);
+        END IF;
+        UPDATE shard s SET head = s.head + p.n FROM unnest(p_shards, p_counts) p(shard, n) WHERE s.shard = p.shard;
     END IF;
     at := clock_timestamp();                             -- under the lock: time never runs backwards within a shard
     INSERT INTO command AS c
@@ -130,8 +162,8 @@ BEGIN
            outcome = excluded.outcome, remembered = excluded.remembered, position = excluded.position,
            result = excluded.result, recorded_at = excluded.recorded_at, attempts = c.attempts + 1
      WHERE NOT c.remembered;
-    GET DIAGNOSTICS moved = ROW_COUNT;
-    IF moved <> cardinality(p_commands) THEN
+    GET DIAGNOSTICS row_count = ROW_COUNT;
+    IF row_count <> cardinality(p_commands) THEN
         RAISE EXCEPTION 'command seen' USING ERRCODE = 'OS002';
     END IF;
     IF cardinality(p_events) > 0 THEN
@@ -145,5 +177,5 @@ BEGIN
             ON CONFLICT (shard, id) DO UPDATE
            SET due_at = excluded.due_at, claimed_by = excluded.claimed_by, kept_until = '-infinity';
     END IF;
-    RETURN at;
+    RETURN (extract(epoch FROM at) * 1000000)::bigint || moved;
 END $$;

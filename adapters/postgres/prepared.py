@@ -30,7 +30,7 @@ class PreparedCall:
         self._formats = [Format.BINARY] * len(types)
         self._prepared = False
 
-    async def __call__(self, arguments: Sequence[bytes]) -> bytes | None:
+    async def __call__(self, arguments: Sequence[bytes | None]) -> bytes | None:
         """The function's result in its binary form.
 
         Raises:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from uuid import UUID, uuid4
 
 import pytest
 
-from commands.agent import ChangeAgent, CreateAgent
+from commands.agent import ChangeAgent, CreateAgent, DeleteAgent
 from commands.bus import GROUP_MAX, LATEST, Bus, Overloaded
 from commands.command import Command, IdempotencyKeyReused, Outcome, RefusedBefore, Result, WriteSide, handles
 from commands.credit_account import ChangePlan, GrantCredits, SettleHold
@@ -31,7 +31,7 @@ from domain.errors import (
     PlanLimitExceeded,
     Refusal,
 )
-from domain.event_log import Batch, EventLog, StoredEvent
+from domain.event_log import Batch, EventLog, LogUnavailable, StoredEvent
 from domain.ids import CommandId, ConversationId, TurnId, UserId, account_of, agent_of, hold_of, shard_of
 from domain.money import ncr
 from domain.plans import UNLIMITED
@@ -392,6 +392,171 @@ async def test_who_was_overtaken_decides_again_on_what_is_new(log: EventLog, rec
         assert sum(opened) <= 2
 
 
+async def neighbours(bus: Bus, shard: int) -> tuple[Owner, Owner]:
+    """Two tenants on one shard."""
+    return await signed_up(bus, tenant_on(shard)), await signed_up(bus, tenant_on(shard))
+
+
+async def test_who_was_overtaken_by_what_concerns_others_is_written_behind_it(
+    log: EventLog, records: Records
+) -> None:
+    counting = CountingLog(log)
+    bus, other = Bus(counting, records, rules()), Bus(log, records, rules())
+    owner, neighbour = await neighbours(bus, 13)
+    told: list[AnyRecord] = []
+    rows: list[StoredEvent] = []
+    bus.on_commit, bus.on_append = told.extend, lambda _, its_rows: rows.extend(its_rows)
+    for _ in range(5):
+        await other.execute(neighbour.message(), by=BY)
+        counting.batches.clear()
+        told.clear()
+        rows.clear()
+        id = uuid4()
+        outcome = await bus.execute(owner.message(), by=BY, command_id=id)
+        assert (len(counting.batches), counting.locks) == (1, 0)
+        # Where it stands is said as it is, to everybody.
+        written = [row for row in await log_of(log, owner.tenant_id) if row.command_id == id]
+        assert rows == written and written
+        assert [record.position for record in told] == [row.position for row in written]
+        assert outcome.position == written[-1].position == (await log.heads())[13]
+    # What it has missed it looks at before it decides on the shard again.
+    await bus.execute(neighbour.message(), by=BY)
+    assert counting.locks == 0
+    assert (await account(bus, neighbour)).held_ncr == 6 * TURN_NCR
+    for tenant in (owner, neighbour):
+        await same_as_replayed(bus, log, records, tenant)
+    await dense(log, owner.tenant_id)
+
+
+async def test_what_was_only_looked_at_must_not_have_changed_either(log: EventLog, records: Records) -> None:
+    bus, other = Bus(log, records, rules()), Bus(log, records, rules())
+    owner = await signed_up(bus)
+    await other.execute(DeleteAgent(tenant_id=owner.tenant_id, agent_id=owner.agent_id), by=BY)
+    with pytest.raises(NotFound):
+        await bus.execute(owner.message(), by=BY)
+
+
+async def test_a_look_that_is_older_than_what_was_written_since_does_not_count_as_one(
+    log: EventLog, records: Records
+) -> None:
+    counting, looked, go_on = CountingLog(log), asyncio.Event(), asyncio.Event()
+    bus, other = Bus(counting, records, rules()), Bus(log, records, rules())
+    owner, neighbour = await neighbours(bus, 15)
+    sync = counting.sync
+
+    async def slow_sync(*arguments: Any) -> Any:
+        found = await sync(*arguments)
+        looked.set()
+        await go_on.wait()
+        return found
+
+    counting.sync = slow_sync  # type: ignore[method-assign]
+    looking = asyncio.create_task(exists(bus, Conversation, uuid4(), owner))
+    await looked.wait()
+    await other.execute(neighbour.message(), by=BY)
+    await bus.execute(owner.message(), by=BY)
+    go_on.set()
+    assert not await looking
+    counting.batches.clear()
+    await bus.execute(neighbour.message(), by=BY)
+    assert len(counting.batches) == 1
+    assert (await account(bus, neighbour)).held_ncr == 2 * TURN_NCR
+    await same_as_replayed(bus, log, records, owner)
+
+
+async def test_what_others_wrote_behind_a_command_before_its_answer_came_is_not_forgotten(
+    log: EventLog, records: Records
+) -> None:
+    counting, written, go_on = CountingLog(log), asyncio.Event(), asyncio.Event()
+    bus, other = Bus(counting, records, rules()), Bus(log, records, rules())
+    owner = await signed_up(bus)
+    append = counting.append
+
+    async def slow_append(batch: Batch) -> Any:
+        at = await append(batch)
+        written.set()
+        await go_on.wait()
+        return at
+
+    counting.append = slow_append  # type: ignore[method-assign]
+    sending = asyncio.create_task(bus.execute(owner.message(), by=BY))
+    await written.wait()
+    await other.execute(owner.message(), by=BY)
+    # Whoever looks now sees both.
+    assert (await bus.read(CreditAccount, account_of(owner.tenant_id), owner.tenant_id, LATEST)).holds
+    go_on.set()
+    await sending
+    bus.hint(await log.heads())
+    counting.batches.clear()
+    await bus.execute(owner.message(), by=BY)
+    assert len(counting.batches) == 1
+    assert (await account(bus, owner)).held_ncr == 3 * TURN_NCR
+    await same_as_replayed(bus, log, records, owner)
+
+
+class Forgetful(CountingLog):
+    """A log that loses something: a request to append, the answer to one, or a look. Others may be faster than an append."""
+
+    loses: Literal["request", "answer", "look"] | None = None
+    faster: Callable[[], Awaitable[Any]] | None = None
+
+    async def append(self, batch: Batch) -> Any:
+        faster, self.faster = self.faster, None
+        if faster is not None:
+            await faster()
+        self._lose("request")
+        at = await super().append(batch)
+        self._lose("answer")
+        return at
+
+    async def sync(self, *arguments: Any) -> Any:
+        self._lose("look")
+        return await super().sync(*arguments)
+
+    def _lose(self, what: str) -> None:
+        if self.loses == what:
+            self.loses = None
+            raise LogUnavailable(f"the {what} was lost")
+
+
+async def test_a_command_that_somebody_else_was_faster_with_is_theirs_whatever_is_lost(
+    log: EventLog, records: Records
+) -> None:
+    forgetful = Forgetful(log)
+    bus, other = Bus(forgetful, records, rules()), Bus(log, records, rules())
+    owner = await signed_up(bus)
+    command, id = owner.message(), uuid4()
+    forgetful.faster = lambda: other.execute(command, by=BY, command_id=id)
+    forgetful.loses = "look"
+    outcome = await bus.execute(command, by=BY, command_id=id)
+    assert (outcome.seen, forgetful.loses) == (True, None)
+
+
+async def test_a_command_written_behind_others_whose_answer_is_lost_is_its_callers(
+    log: EventLog, records: Records
+) -> None:
+    forgetful = Forgetful(log)
+    bus, other = Bus(forgetful, records, rules()), Bus(log, records, rules())
+    owner, neighbour = await neighbours(bus, 14)
+
+    async def others_are_faster() -> None:
+        await other.execute(neighbour.message(), by=BY)
+
+    for number in range(1, 4):
+        forgetful.loses, forgetful.faster = "answer", others_are_faster
+        command, id = owner.message(), uuid4()
+        outcome = await bus.execute(command, by=BY, command_id=id)
+        assert not outcome.seen
+        row = await row_of(log, owner.tenant_id, id)
+        assert outcome.position == row.position == (await log.heads())[14]
+        assert (await account(bus, owner)).held_ncr == number * TURN_NCR
+        # Asked for again it has been served, whatever gets lost now.
+        forgetful.loses, forgetful.faster = "request", others_are_faster
+        again = await bus.execute(command, by=BY, command_id=id)
+        assert (again.seen, again.position) == (True, outcome.position)
+    await same_as_replayed(bus, log, records, owner)
+
+
 async def test_a_group_has_a_limit(log: EventLog, records: Records) -> None:
     counting = CountingLog(log)
     bus = Bus(counting, records, rules())
@@ -510,7 +675,7 @@ async def test_two_processes_on_one_account_lose_nothing(log: EventLog, records:
         sent = [command.turn_id for _, command, _ in asked if isinstance(command, SendMessage)]
         held, open_turns = held + sent, open_turns | set(sent)
     for bus in (*buses, another(first, log, records)):
-        after = await account(bus, owner) if bus not in buses else await refreshed(bus, owner)
+        after = await account(bus, owner) if bus not in buses else await refreshed(bus, log, owner)
         assert set(after.holds) == {hold_of(turn_id) for turn_id in open_turns}
         assert after.held_ncr == price_ncr * len(open_turns)
         expected_ncr = ncr(str(CREDITS)) - AGENT_NCR + grants * granted_ncr - spent * price_ncr
@@ -520,8 +685,9 @@ async def test_two_processes_on_one_account_lose_nothing(log: EventLog, records:
     await same_as_replayed(first, log, records, owner)
 
 
-async def refreshed(bus: Bus, owner: Owner) -> CreditAccount:
-    """The account after the bus had to look at the log."""
+async def refreshed(bus: Bus, log: EventLog, owner: Owner) -> CreditAccount:
+    """The account after the bus was told that others may have written."""
+    bus.hint(await log.heads())
     await bus.execute(ChangePlan(tenant_id=owner.tenant_id, plan="free"), by=BY)
     return await account(bus, owner)
 
@@ -571,10 +737,42 @@ async def test_what_is_kept_in_memory_equals_what_is_replayed(
         if isinstance(result, Outcome) and isinstance(command, SendMessage):
             turns.append(turn_id)
     for each in buses:
-        # Anything that is decided on both shows them what the other has written.
-        await refreshed(each, owner)
+        await refreshed(each, log, owner)
         begun = [id for id in conversations if await exists(each, Conversation, id, owner)]
         await same_as_replayed(each, log, records, owner, *begun)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_processes_that_share_a_shard_keep_what_is_replayed_however_they_overtake_each_other(
+    log: EventLog, records: Records, seed: int
+) -> None:
+    chance = random.Random(seed)
+    first = Bus(log, records, rules())
+    owners = [await signed_up(first, tenant_on(seed)) for _ in range(3)]
+    buses = (first, another(first, log, records), another(first, log, records))
+    threads = {owner: [owner.message().conversation_id for _ in range(2)] for owner in owners}
+    sent: Counter[Owner] = Counter()
+    for _ in range(25):
+        asked: list[tuple[Bus, Command]] = []
+        for _ in range(chance.randint(1, 6)):
+            owner = chance.choice(owners)
+            thread = chance.choice(threads[owner])
+            message = owner.message(conversation_id=thread, beginning="named", name=str(thread))
+            patch = {"configuration": {"temperature": chance.randint(0, 2)}}
+            change = ChangeAgent(tenant_id=owner.tenant_id, agent_id=owner.agent_id, patch=patch)
+            command = chance.choice([message, change])
+            sent[owner] += command is message
+            asked.append((chance.choice(buses), command))
+        results = await together(*(bus.execute(command, by=BY) for bus, command in asked))
+        assert only(BaseException, results) == []
+        if chance.random() < 0.3:
+            chance.choice(buses).hint(await log.heads())
+    for each in buses:
+        for owner in owners:
+            assert (await refreshed(each, log, owner)).held_ncr == TURN_NCR * sent[owner]
+            begun = [id for id in threads[owner] if await exists(each, Conversation, id, owner)]
+            await same_as_replayed(each, log, records, owner, *begun)
+    await dense(log, owners[0].tenant_id)
 
 
 async def exists(bus: Bus, aggregate_class: type[Any], id: UUID, owner: Owner) -> bool:

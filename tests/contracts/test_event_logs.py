@@ -246,6 +246,93 @@ async def test_the_head_of_each_shard_of_a_batch_is_proved_also_of_those_without
     assert (await log.heads())[7] == batch.heads[7]
 
 
+async def test_what_was_based_on_other_streams_than_those_that_changed_is_written_behind_them(
+    log: EventLog,
+) -> None:
+    one, other = tenant_on(9), tenant_on(10)
+    on_one, on_other, elsewhere, commands = uuid4(), uuid4(), uuid4(), [uuid4(), uuid4(), uuid4()]
+    batch = await batch_after(log, one, (on_one, 1), (on_one, 2))
+    heads = await log.heads()
+    batch.heads |= {10: heads[10]}
+    batch.events.append(stored(other, heads[10] + 1, on_other, 1))
+    batch.commands += [
+        served(one, commands[0], position=heads[9] + 2),
+        served(one, commands[1], "insufficient_credits"),
+        served(other, commands[2], position=heads[10] + 1),
+    ]
+    batch.due.append(due(one, on_one, now()))
+    batch.based_on = [on_one, on_other, uuid4()]
+    await happened(log, one, elsewhere, 1, 2, 3)
+    at = await log.append(batch)
+    assert (batch.moved, batch.heads) == ({9: 3, 10: 0}, {9: heads[9] + 3, 10: heads[10]})
+    assert [event.position for event in batch.events] == [heads[9] + 4, heads[9] + 5, heads[10] + 1]
+    assert [row.position for row in batch.commands] == [heads[9] + 5, 0, heads[10] + 1]
+    assert await log.heads() == heads | {9: heads[9] + 5, 10: heads[10] + 1}
+    rows = await log.read_after({9: heads[9], 10: heads[10]}, 10)
+    assert [row.position - heads[row.shard] for row in rows] == [1, 2, 3, 4, 5, 1]
+    assert rows[3:] == [event._replace(recorded_at=at) for event in batch.events]
+    found = await log.commands([(shard_of(one), commands[0]), (9, commands[1]), (10, commands[2])])
+    assert [found[id] for id in commands] == batch.commands
+    assert [row.id for row in await mine(log, one)] == [on_one]
+
+
+async def test_what_was_based_on_a_stream_that_changed_is_not_written(log: EventLog) -> None:
+    one, other = tenant_on(11), tenant_on(12)
+    fresh, seen, command_id = uuid4(), uuid4(), uuid4()
+    await happened(log, other, seen, 1)
+    batch = await batch_after(log, one, (fresh, 1))
+    batch.heads |= {12: (await log.heads())[12]}
+    batch.commands.append(served(one, command_id, position=batch.events[0].position))
+    batch.based_on = [fresh, seen]
+    await happened(log, one, uuid4(), 1)
+    await happened(log, other, uuid4(), 1)
+    await happened(log, other, seen, 2)
+    heads = await log.heads()
+    with pytest.raises(HeadMoved):
+        await log.append(batch)
+    assert await log.heads() == heads
+    assert await log.read_stream(11, fresh, 1) == []
+    assert await log.commands([(11, command_id)]) == {}
+    assert batch.moved == {}
+
+
+async def test_a_head_that_the_log_has_not_reached_is_wrong_whatever_it_was_based_on(
+    log: EventLog, tenant: UUID
+) -> None:
+    batch = await batch_after(log, tenant, (uuid4(), 1))
+    (shard,) = batch.heads
+    batch.heads[shard] += 1
+    batch.events = [batch.events[0]._replace(position=batch.heads[shard] + 1)]
+    batch.based_on = []
+    with pytest.raises(HeadMoved):
+        await log.append(batch)
+
+
+async def test_what_is_far_behind_is_not_written_whatever_it_was_based_on(
+    log: EventLog, tenant: UUID
+) -> None:
+    batch = await batch_after(log, tenant, (uuid4(), 1))
+    batch.based_on = []
+    await happened(log, tenant, uuid4(), *range(1, SYNC_EVENTS_MAX + 2))
+    with pytest.raises(HeadMoved):
+        await log.append(batch)
+
+
+async def test_a_command_that_was_seen_is_seen_also_behind_what_others_wrote(
+    log: EventLog, tenant: UUID
+) -> None:
+    command_id, stream_id = uuid4(), uuid4()
+    batch = await batch_after(log, tenant, (stream_id, 1))
+    batch.commands.append(served(tenant, command_id, position=batch.events[0].position))
+    batch.based_on = [stream_id]
+    before = await batch_after(log, tenant, (uuid4(), 1))
+    before.commands.append(served(tenant, command_id, position=before.events[0].position))
+    await log.append(before)
+    with pytest.raises(CommandSeen):
+        await log.append(batch)
+    assert await log.read_stream(shard_of(tenant), stream_id, 1) == []
+
+
 async def test_a_version_of_a_stream_is_written_once(log: EventLog, tenant: UUID) -> None:
     stream_id = uuid4()
     await happened(log, tenant, stream_id, 1, 2)

@@ -33,8 +33,11 @@ async def write(dsn: str, tenant_id: UUID, batch_count: int) -> None:
             stored(tenant_id, head + n, stream_id, version + n, command_id=command_id)
             for n in range(1, count + 1)
         ]
+        batch = Batch({shard: head}, events, [served(tenant_id, command_id)])
+        # Nobody else writes this stream: every other batch may follow on what others were faster with.
+        batch.based_on = [stream_id] if written % 2 else None
         try:
-            await log.append(Batch({shard: head}, events, [served(tenant_id, command_id)]))
+            await log.append(batch)
         except HeadMoved:
             head = (await log.heads())[shard]
         except CommandSeen:
@@ -42,7 +45,8 @@ async def write(dsn: str, tenant_id: UUID, batch_count: int) -> None:
         else:
             assert not spoilt
             print(command_id, flush=True)  # noqa: T201 - how the test hears of it
-            head, version, written, seen_id = head + count, version + count, written + 1, command_id
+            head = batch.heads[shard] + count
+            version, written, seen_id = version + count, written + 1, command_id
     await log.close()
 
 
