@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from uuid import UUID
 
+import cramjam
 import msgspec
 
 from domain.conversation import Conversation
@@ -20,8 +21,9 @@ from schemas.records import AnyRecord
 BYTES_MAX = 5_950  # of a hint, so that it fits into a notification of 7999 bytes as base64, sealed
 NAMED_MAX = 80  # turns in one hint, so that it fits without rows
 STEPS_MAX = 40  # likewise
-ROWS_BYTES_MAX = 5_500  # of a hint that has rows, with the turns that they tell of
+ROWS_BYTES_MAX = 32_000  # of rows that may fit: a quarter is left of them when they are compressed
 ROW_BYTES = 300  # what a row takes besides its two parts, and the naming of its turn
+FASTEST = 1  # of zstd's levels
 _AWAITED = (
     Turn.Accepted,
     Turn.ModelCallCompleted,
@@ -111,17 +113,22 @@ class News:
 
 _encode = msgspec.msgpack.Encoder(uuid_format="bytes").encode
 _decode = msgspec.msgpack.Decoder(Hint).decode
+_COMPRESSED = b"\x28\xb5\x2f\xfd"  # how zstd begins (RFC 8878 §3.1.1), and no hint in msgpack does
 
 
 def written(hint: Hint) -> bytes:
-    """A hint as it is sent; without its rows when those do not fit after all."""
+    """A hint as it is sent: compressed if it must be to fit, and without its rows when they do not fit even so."""
     body = _encode(hint)
-    return body if len(body) <= BYTES_MAX or not hint.rows else _encode(hint._replace(rows=()))
+    if len(body) > BYTES_MAX and hint.rows:
+        body = bytes(cramjam.zstd.compress(body, FASTEST))
+        if len(body) > BYTES_MAX:
+            return _encode(hint._replace(rows=()))
+    return body
 
 
 def read(body: bytes) -> Hint | None:
     """The hint that `written` wrote; None for what anybody else may say."""
     try:
-        return _decode(body)
-    except (ValueError, msgspec.MsgspecError):
+        return _decode(bytes(cramjam.zstd.decompress(body)) if body.startswith(_COMPRESSED) else body)
+    except (ValueError, msgspec.MsgspecError, cramjam.DecompressionError):
         return None

@@ -16,6 +16,7 @@ from domain.ids import SHARDS, shard_of
 from domain.turn import Turn
 from schemas.hints import NAMED_MAX, STEPS_MAX, Hint, News, Serving, Step, read, written
 from schemas.records import AnyRecord
+from schemas.wire import pack
 from tests.commands.write_side import BY, memory_records, rules, signed_up
 from tests.schemas.rows import rows
 
@@ -59,6 +60,15 @@ async def committed(*changes: dict[str, object]) -> list[AnyRecord]:
     return told
 
 
+def heard(news: News) -> Hint:
+    """What others hear of it."""
+    hint = news.take()
+    assert hint is not None
+    found = read(written(hint))
+    assert found is not None
+    return found
+
+
 def news_of(*batches: list[AnyRecord]) -> Hint | None:
     news = News()
     for batch in batches:
@@ -88,16 +98,30 @@ async def test_a_message_brings_its_rows_along_as_the_log_has_them() -> None:
 
 
 async def test_what_is_too_much_for_a_hint_is_left_to_be_read() -> None:
-    few, *others = await appended("Hello", "x" * 6_000, *["How do you do?"] * 10)
+    few, *others = await appended("Hello", "x" * 6_000, *["How do you do?"] * 30)
     for batches in ([others[0]], others[1:], [few, others[0]]):
         news = News()
         for batch in batches:
             news.add(*batch)
-        hint = news.take()
-        assert hint is not None
+        hint = heard(news)
         assert hint.rows == () and hint.heads and hint.turns
         news.add(*few)
-        assert (after := news.take()) is not None and after.rows
+        assert heard(news).rows
+
+
+async def test_rows_that_fit_only_compressed_are_sent_so() -> None:
+    batches = await appended(*["How do you do?"] * 8)
+    news = News()
+    for batch in batches:
+        news.add(*batch)
+    hint = heard(news)
+    assert hint.rows == tuple(row for _, its_rows in batches for row in its_rows)
+    assert (
+        sum(len(pack(row)) for row in hint.rows)
+        > NOTIFICATION_BYTES_MAX
+        > len(SEALING.written(written(hint)))
+    )
+    assert read(written(hint)[:-1]) is None
 
 
 def test_nothing_is_read_of_what_others_say() -> None:
