@@ -104,9 +104,8 @@ END $$;
 
 -- Whether others have changed one of these streams since the shards' heads were `p_heads`; also if they did so much that
 -- looking is not worth it. For whoever has locked the shards, which have been moved on by `p_moved`.
--- Its plan is kept: one that was made while the table was small must not read all of it later.
 CREATE OR REPLACE FUNCTION changed_since(p_shards smallint[], p_heads bigint[], p_moved bigint[], p_streams uuid[])
-RETURNS boolean LANGUAGE plpgsql SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     RETURN 2000 < ANY (p_moved) OR EXISTS (
         SELECT 1 FROM unnest(p_shards, p_heads, p_moved) p(shard, head, n)
