@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -231,6 +231,16 @@ class Bus:
             raise NotFound(noun_of(aggregate_class))
         return found
 
+    async def have(self, tenant_id: UserId, ids: Iterable[UUID]) -> None:
+        """Look those of the streams up together that are not in memory, for `read` to find them there.
+
+        Raises:
+            LogUnavailable: the log cannot be reached.
+        """
+        shard = shard_of(tenant_id)
+        for asked in [self._ask(shard, id) for id in ids if (shard, id.int) not in self._cache]:
+            await asked
+
     def hint(self, heads: Mapping[int, int]) -> None:
         """Others may have appended to these shards: catch up before deciding, rather than after a refused append."""
         for shard, head in heads.items():
@@ -447,12 +457,16 @@ class Bus:
         return Decided(waiting, write, based_on, result, None)
 
     async def _looked_up(self, shard: int, id: UUID) -> Known:
-        """A stream as the log has it now or later; those that are asked for while the log is looked at wait together."""
+        """A stream as the log has it now or later."""
+        return (await self._ask(shard, id))[id]
+
+    def _ask(self, shard: int, id: UUID) -> asyncio.Future[dict[UUID, Known]]:
+        """Have a stream looked up; those that are asked for while the log is looked at wait together."""
         future: asyncio.Future[dict[UUID, Known]] = asyncio.get_running_loop().create_future()
         self._lookups.append((shard, id, future))
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look_up_all())
-        return (await future)[id]
+        return future
 
     async def _look_up_all(self) -> None:
         while self._lookups:

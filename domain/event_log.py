@@ -108,9 +108,12 @@ class Batch:
         """Have everything stand as many positions further behind, shard by shard."""
         self.moved = moved
         self.heads = {shard: head + moved.get(shard, 0) for shard, head in self.heads.items()}
-        self.events = [row._replace(position=row.position + moved.get(row.shard, 0)) for row in self.events]
+        self.events = [
+            row._replace(position=row.position + by) if (by := moved.get(row.shard)) else row
+            for row in self.events
+        ]
         self.commands = [
-            row._replace(position=row.position + moved.get(row.shard, 0)) if row.position else row
+            row._replace(position=row.position + by) if row.position and (by := moved.get(row.shard)) else row
             for row in self.commands
         ]
 

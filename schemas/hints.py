@@ -36,12 +36,16 @@ _AWAITED = (
 
 
 class Step(NamedTuple):
-    """A turn that has something to do, as of this version of its stream: for `worker`, or for any when that is ""."""
+    """A turn that has something to do, as of this version of its stream: for `worker`, or for any when that is "".
+
+    `conversation_id`: what else whoever begins it will look up, if that is known.
+    """
 
     turn_id: UUID
     tenant_id: UUID
     version: int
     worker: str = ""
+    conversation_id: UUID | None = None
 
 
 class Serving(NamedTuple):
@@ -86,15 +90,16 @@ class News:
             event = record.event
             if isinstance(event, _AWAITED):
                 self._turns.add(record.stream_id)
-                if isinstance(event, Turn.ToolCalled | Turn.ToolCallOutcomeUnknown) or (
-                    isinstance(event, Turn.Accepted) and not event.queued and not event.invoked
-                ):
-                    self._steps.append(Step(record.stream_id, record.tenant_id, record.stream_version))
+                step = Step(record.stream_id, record.tenant_id, record.stream_version)
+                if isinstance(event, Turn.ToolCalled | Turn.ToolCallOutcomeUnknown):
+                    self._steps.append(step)
+                elif isinstance(event, Turn.Accepted) and not event.queued and not event.invoked:
+                    self._steps.append(step._replace(conversation_id=event.conversation_id))
             elif isinstance(event, Turn.ModelCallStarted):
                 if self._steps and self._steps[-1].turn_id == record.stream_id:
                     self._steps[-1] = self._steps[-1]._replace(worker=event.worker)
             elif isinstance(event, Conversation.TurnActivated):
-                self._steps.append(Step(event.turn_id, record.tenant_id, 1))
+                self._steps.append(Step(event.turn_id, record.tenant_id, 1, "", record.stream_id))
         self._rows_bytes += sum(ROW_BYTES + len(row.payload) + len(row.personal or b"") for row in rows)
         if self._rows_bytes <= ROWS_BYTES_MAX:
             self._rows += rows
@@ -113,22 +118,20 @@ class News:
 
 _encode = msgspec.msgpack.Encoder(uuid_format="bytes").encode
 _decode = msgspec.msgpack.Decoder(Hint).decode
-_COMPRESSED = b"\x28\xb5\x2f\xfd"  # how zstd begins (RFC 8878 §3.1.1), and no hint in msgpack does
+_ZSTD = b"\x28\xb5\x2f\xfd"  # how zstd begins (RFC 8878 §3.1.1), and no hint in msgpack does
 
 
 def written(hint: Hint) -> bytes:
     """A hint as it is sent: compressed if it must be to fit, and without its rows when they do not fit even so."""
     body = _encode(hint)
-    if len(body) > BYTES_MAX and hint.rows:
+    if len(body) > BYTES_MAX:
         body = bytes(cramjam.zstd.compress(body, FASTEST))
-        if len(body) > BYTES_MAX:
-            return _encode(hint._replace(rows=()))
-    return body
+    return body if len(body) <= BYTES_MAX or not hint.rows else written(hint._replace(rows=()))
 
 
 def read(body: bytes) -> Hint | None:
     """The hint that `written` wrote; None for what anybody else may say."""
     try:
-        return _decode(bytes(cramjam.zstd.decompress(body)) if body.startswith(_COMPRESSED) else body)
+        return _decode(bytes(cramjam.zstd.decompress(body)) if body.startswith(_ZSTD) else body)
     except (ValueError, msgspec.MsgspecError, cramjam.DecompressionError):
         return None

@@ -64,6 +64,7 @@ from domain.turn import (
     next_action,
 )
 from schemas.codec import storable, storable_json
+from schemas.hints import Step
 from schemas.records import AnyRecord
 from stream_processors.history import NO_PAST, Past
 from stream_processors.processor import Processor, Work
@@ -105,14 +106,15 @@ async def ended_early(record: AnyRecord, work: Work) -> None:
     work.stop_turn(record.stream_id)
 
 
-async def take_up(
-    turn_id: TurnId, tenant_id: UserId, version: int, work: Work, *, is_claimed: bool = False
-) -> None:
+async def take_up(told: Step, work: Work) -> None:
     """Begin a step that was heard of before its record has come, which makes sure; at once if it can only be ours."""
-    if is_claimed or not work.model_slots.locked():
-        await step(turn_id, tenant_id, work, version)
+    if told.worker == work.worker or not work.model_slots.locked():
+        turn_id, tenant_id = TurnId(told.turn_id), UserId(told.tenant_id)
+        if told.conversation_id is not None:
+            await work.bus.have(tenant_id, (turn_id, told.conversation_id))
+        await step(turn_id, tenant_id, work, told.version)
         if turn_id in work.running:
-            work.taken_up.put((turn_id, version), True)
+            work.taken_up.put((turn_id, told.version), True)
 
 
 async def step(turn_id: TurnId, tenant_id: UserId, work: Work, version: int = 1) -> None:

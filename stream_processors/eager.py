@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from uuid import UUID
 
-from domain.ids import TurnId, UserId, shard_of
+from domain.ids import UserId, shard_of
 from schemas.hints import Hint
 from stream_processors.agent_turns import take_up
 from stream_processors.processor import Work
@@ -29,10 +29,10 @@ class Eager:
         """Take in what the hint brings, and take those steps up that are ours, in the background."""
         work = self._work
         work.history.observe(await work.bus.take_in(hint.heads, hint.rows, begun=True))
-        for turn_id, tenant_id, version, worker in hint.steps:
-            is_claimed = worker == work.worker
-            if is_claimed or (not worker and self._serves(shard_of(UserId(tenant_id)), turn_id)):
-                taking = take_up(TurnId(turn_id), UserId(tenant_id), version, work, is_claimed=is_claimed)
+        for step in hint.steps:
+            is_ours = step.worker == work.worker
+            if is_ours or (not step.worker and self._serves(shard_of(UserId(step.tenant_id)), step.turn_id)):
+                taking = take_up(step, work)
                 task = asyncio.create_task(taking)
                 self._tasks.add(task)
                 task.add_done_callback(self._ended)

@@ -23,7 +23,9 @@ from tests.schemas.rows import rows
 NOTIFICATION_BYTES_MAX = 8_000
 SEALING = Sealing(bytes(32))
 _heads = st.dictionaries(st.integers(0, SHARDS - 1), st.integers(1, 2**62), min_size=1)
-_steps = st.builds(Step, st.uuids(), st.uuids(), st.integers(1, 10_000), st.text(max_size=60))
+_steps = st.builds(
+    Step, st.uuids(), st.uuids(), st.integers(1, 10_000), st.text(max_size=60), st.none() | st.uuids()
+)
 _serving = st.builds(Serving, st.text(max_size=60), st.frozensets(st.integers(0, SHARDS - 1)).map(tuple))
 _hints = st.builds(
     Hint,
@@ -131,7 +133,7 @@ def test_nothing_is_read_of_what_others_say() -> None:
 
 def test_the_longest_hint_fits_into_a_notification() -> None:
     worker = f"agent_turns-10/{uuid4()}"
-    steps = tuple(Step(uuid4(), uuid4(), 2**31, worker) for _ in range(STEPS_MAX))
+    steps = tuple(Step(uuid4(), uuid4(), 2**31, worker, uuid4()) for _ in range(STEPS_MAX))
     turns = frozenset(uuid4() for _ in range(NAMED_MAX))
     heads = dict.fromkeys(range(SHARDS), 2**62)
     assert (
@@ -147,7 +149,7 @@ async def test_a_message_tells_of_its_turn_and_that_it_waits_for_a_worker() -> N
     assert news_of(records) == Hint(
         {shard_of(tenant_id): records[-1].position},
         frozenset({accepted.stream_id}),
-        (Step(accepted.stream_id, tenant_id, 1),),
+        (Step(accepted.stream_id, tenant_id, 1, conversation_id=accepted.event.conversation_id),),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,31 @@ async def test_its_record_finds_that_done(stage: Stage, monkeypatch: pytest.Monk
         broken.delattr(type(worker.bus), "read")
         await accepted(told.records[0], worker.work)
     assert len(stage.models.requests) == 1
+
+
+async def test_what_a_hint_names_but_does_not_bring_is_looked_up_at_once(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, looks = stage.worker(), list[int]()
+    eager = Eager(lambda shard, turn_id: True, there.work)
+    await eager.hear(await heard(stage))  # after which it knows the agent
+    await stage.end_of(stage.sent[-1])
+    stage.workers[0].bus.on_append = None
+    hint = (await heard(stage))._replace(rows=())
+    sync = stage.log.sync
+
+    async def counted(heads: Any, streams: Any) -> Any:
+        looks.append(len(streams))
+        return await sync(heads, streams)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage.log, "sync", counted)
+        await eager.hear(hint)
+        await until(lambda: _asked(stage, 2), "the model to be asked")
+    assert looks[0] == 2, "the turn and its conversation"
+    assert len(looks) <= 2, "once more for the claim, at most"
+    there.start()
+    assert (await stage.end_of(hint.steps[0].turn_id)).story == ANSWERED
 
 
 async def test_what_a_hint_brings_is_not_looked_up_in_the_log(
