@@ -7,10 +7,10 @@ on a hint: whatever it sets off follows from records that come anyway, and what 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 from uuid import UUID
 
-import cramjam
 import msgspec
 
 from domain.conversation import Conversation
@@ -118,20 +118,35 @@ class News:
 
 _encode = msgspec.msgpack.Encoder(uuid_format="bytes").encode
 _decode = msgspec.msgpack.Decoder(Hint).decode
-_ZSTD = b"\x28\xb5\x2f\xfd"  # how zstd begins (RFC 8878 §3.1.1), and no hint in msgpack does
+_MAGIC = b"\x28\xb5\x2f\xfd"  # how zstd begins (RFC 8878 §3.1.1), and no hint in msgpack does
 
 
 def written(hint: Hint) -> bytes:
     """A hint as it is sent: compressed if it must be to fit, and without its rows when they do not fit even so."""
     body = _encode(hint)
     if len(body) > BYTES_MAX:
-        body = bytes(cramjam.zstd.compress(body, FASTEST))
+        body = bytes(_cramjam().zstd.compress(body, FASTEST))
     return body if len(body) <= BYTES_MAX or not hint.rows else written(hint._replace(rows=()))
 
 
 def read(body: bytes) -> Hint | None:
     """The hint that `written` wrote; None for what anybody else may say."""
     try:
-        return _decode(bytes(cramjam.zstd.decompress(body)) if body.startswith(_ZSTD) else body)
-    except (ValueError, msgspec.MsgspecError, cramjam.DecompressionError):
+        return _decode(_decompressed(body) if body.startswith(_MAGIC) else body)
+    except (ValueError, msgspec.MsgspecError):
         return None
+
+
+def _decompressed(body: bytes) -> bytes:
+    try:
+        return bytes(_cramjam().zstd.decompress(body))
+    except _cramjam().DecompressionError as damaged:
+        raise ValueError(str(damaged)) from damaged
+
+
+@cache
+def _cramjam() -> Any:
+    # It takes 2 MB, and a process that is alone has nobody to tell anything.
+    import cramjam
+
+    return cramjam

@@ -213,7 +213,11 @@ def test_following_the_log_shows_what_comes_and_ends_well(
     log = tmp_path / "followed"
     with log.open("w") as output:
         following = subprocess.Popen(
-            [sys.executable, "-m", "oshaani", "events", "tail", "-f", "-n", "1", "--json"],
+            [
+                sys.executable,
+                "-Xfaulthandler",
+                *["-m", "oshaani", "events", "tail", "-f", "-n", "1", "--json"],
+            ],
             cwd=ROOT,
             env={**inherited, **server.environment},
             stdout=output,
@@ -225,7 +229,7 @@ def test_following_the_log_shows_what_comes_and_ends_well(
         following.send_signal(signal.SIGINT)
         assert following.wait(10) == 0
     finally:
-        following.kill()
+        following.send_signal(signal.SIGABRT)  # says where it is, if it has not ended
         following.wait(5)
     assert all(json.loads(line) for line in log.read_text().splitlines())
 
