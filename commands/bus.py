@@ -101,7 +101,6 @@ class Waiting:
     causation_id: UUID | None
     traceparent: str | None
     shard: int
-    position: int = 0  # of its last event, 0 without any, if the append under way succeeds
     # The append under way, and the first one whose answer was lost, can only stand beyond these positions.
     beyond: int | None = None
     lost_beyond: int | None = None
@@ -599,7 +598,7 @@ class Bus:
     async def _written(self, decided: Sequence[Decided]) -> tuple[Batch, list[Any]]:
         """The batch of a group, and the events behind its rows."""
         heads = {one.waiting.shard: self._heads[one.waiting.shard] for one in decided}
-        batch = Batch(dict(sorted(heads.items())))
+        batch = Batch(heads.copy())
         events: list[Any] = []
         objects: list[tuple[str, bytes]] = []
         based_on: dict[int, UUID] = {}
@@ -636,7 +635,6 @@ class Bus:
                     objects += sealed.objects
                 batch.due += one.write.due_changes.values()
             batch.commands.append(_row(one, position))
-            waiting.position = position
         batch.based_on = list(based_on.values())
         if objects:
             await self._records.store(objects)
@@ -650,9 +648,10 @@ class Bus:
         self._advance(records)
         if records:
             self._tell(records, batch.events, at)
+        positions = {row.command_id.int: row.position for row in batch.commands}
         for one in decided:
             waiting = one.waiting
-            position = waiting.position and waiting.position + batch.moved.get(waiting.shard, 0)
+            position = positions[waiting.command_id.int]
             waiting.serve(one.refusal or Outcome(one.result, waiting.shard, position, seen=False))
 
     def _advance(self, written: Sequence[AnyRecord]) -> None:

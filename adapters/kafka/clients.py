@@ -28,9 +28,7 @@ START_S = (
 STOP_S = 5.0  # Sending what is left, and leaving the group.
 REQUEST_MS = 40_000  # How long a record is tried for; an outage that is shorter loses no producer.
 METADATA_AGE_MS = 60_000
-FETCH_WAIT_MS = (
-    500  # How long a broker holds a fetch that finds nothing; what comes meanwhile it answers with at once.
-)
+FETCH_WAIT_MS = 500  # How long a broker holds a fetch at most, until something comes.
 GATHER_BYTES = 64 * 1024  # what is worth being fetched before the time that records may wait for company
 FETCH_BYTES_MAX = 16 * 1024 * 1024
 BATCH_BYTES = 128 * 1024
