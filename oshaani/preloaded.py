@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 
-MODULES = ("oshaani.roles", "oshaani.cli.entry", "uvloop", "uvicorn.protocols.http.httptools_impl")
+MODULES = ("oshaani.roles", "oshaani.cli.entry", "uvloop", "oshaani.http_protocol")
 
 for module in MODULES:
     importlib.import_module(module)

@@ -16,6 +16,8 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from oshaani.http_protocol import HttpProtocol
+
 log_of = logging.getLogger(__name__)
 
 SUPERVISED = "OSHAANI_SUPERVISED"  # set for processes that must not outlive the one that started them
@@ -122,7 +124,7 @@ async def http(app: ASGIApp, listener: socket.socket) -> AsyncIterator[Http]:
     server = Http(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=HttpProtocol,
             log_config=None,
             access_log=False,
             timeout_keep_alive=75,
