@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 from uuid import UUID
 
@@ -55,7 +54,7 @@ class KafkaTurnFeed:
 
     # --- whoever follows
 
-    def follow(self, turn_id: TurnId) -> AbstractContextManager[MemoryFollower]:
+    def follow(self, turn_id: TurnId) -> MemoryFollower:
         """As in `TurnFeed`."""
         return self._local.follow(turn_id)
 
