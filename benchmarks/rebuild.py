@@ -143,7 +143,7 @@ async def rebuild_s(pool: Pool, records: Records, names: set[str]) -> float:
 
 
 async def measure(turn_count: int, rounds: int) -> None:
-    """Fill a log, then alternate floor and rebuilds; print the ratios of the medians."""
+    """Fill a log, then alternate floor and rebuilds; print the medians of the ratios."""
     with tempfile.TemporaryDirectory(prefix="oshaani-bench-") as folder:
         Path(folder).chmod(0o755)
         async with embedded_postgres(Path(folder) / "data") as dsn, open_pool(dsn, 4) as pool:
@@ -159,15 +159,20 @@ async def measure(turn_count: int, rounds: int) -> None:
                 await connection.execute("VACUUM ANALYZE event")
             groups = {projection.name: {projection.name} for projection in PROJECTIONS}
             groups["all"] = set(groups)
-            found: dict[str, list[float]] = {"floor": []} | {name: [] for name in groups}
+            rates: dict[str, list[float]] = {name: [] for name in groups}
+            ratios: dict[str, list[float]] = {name: [] for name in groups}
             for _ in range(rounds):
-                found["floor"].append(events / await floor_s(dsn))
                 for name, names in groups.items():
-                    found[name].append(events / await rebuild_s(pool, records, names))
-                print({name: round(rates[-1]) for name, rates in found.items()}, flush=True)  # noqa: T201
-            medians = {name: round(statistics.median(rates)) for name, rates in found.items()}
-            ratios = {name: round(rate / medians["floor"], 2) for name, rate in medians.items()}
-            summary = {"events": events, "events_per_s": medians, "ratio": ratios, "load": machine_load()}
+                    floor = events / await floor_s(dsn)
+                    rates[name].append(events / await rebuild_s(pool, records, names))
+                    ratios[name].append(rates[name][-1] / floor)
+                print({name: round(found[-1], 2) for name, found in ratios.items()}, flush=True)  # noqa: T201
+            summary = {
+                "events": events,
+                "events_per_s": {name: round(statistics.median(found)) for name, found in rates.items()},
+                "ratio": {name: round(statistics.median(found), 2) for name, found in ratios.items()},
+                "load": machine_load(),
+            }
             print(json.dumps(summary))  # noqa: T201
             await log.close()
 

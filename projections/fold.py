@@ -69,7 +69,7 @@ class Fold:
             elif type(change) is Count:
                 self._count(change)
             elif type(change) is Delete:
-                folded = self.tables[change.table].setdefault(change.key, Folded())
+                folded = self._folded(change.table, change.key)
                 folded.deleted, folded.inserted = True, None
                 folded.sets, folded.adds, folded.counts = {}, {}, None
             elif type(change) is Edit:

@@ -124,10 +124,10 @@ class Projection:
 
     def changes(self, record: AnyRecord) -> list[Change]:
         """What a record of a handled type means for the rows."""
-        found = self.handled[record.type].handler(record)
+        found: Any = self.handled[record.type].handler(record)
         if found is None:
             return []
-        return [found] if isinstance(found, _CHANGES) else list(found)
+        return [found] if type(found) in _CHANGES else list(found)
 
 
-_CHANGES = (Insert, Update, Increment, Count, Edit, Delete, Forget)
+_CHANGES = frozenset({Insert, Update, Increment, Count, Edit, Delete, Forget})

@@ -156,7 +156,7 @@ async def _copy(connection: Connection, shape: Shape, rows: list[Row]) -> None:
                     row[column] = encode_json(value).decode()
             # A row with all columns is the usual one, and much cheaper to take apart.
             complete = len(row) == len(columns) > 1
-            await copy.write_row(values(row) if complete else [row.get(column) for column in columns])
+            await copy.write_row(values(row) if complete else list(map(row.get, columns)))
 
 
 async def _update(
